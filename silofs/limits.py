@@ -1,0 +1,59 @@
+"""Every bound of silofs in one place, with its unit and what it protects. Nothing else hard-codes one."""
+
+from __future__ import annotations
+
+import re
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+
+# Names and sizes (CLI.md). A name that comes from a peer, a file system call or the command line passes the same test.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+IMAGE_SUFFIX = ".img"
+SECTOR = 512  # bytes; sizes are multiples of it
+SIZE_MIN = 4096  # bytes; the command line's smallest volume (a file may pass through 0)
+SIZE_MAX = 1 << 50  # bytes; 1 PiB: keeps page numbers far below 2^44
+
+# The store
+MAP_BYTES_START = 1 * GIB  # LMDB map size of a new store; doubled when three quarters are used
+MAP_BYTES_MAX = 1 << 46  # 64 TiB of address space at most
+CHAIN_DEPTH_MAX = 1000  # layers; merge (not built yet) keeps it near 8
+MAX_READERS = 126  # LMDB reader slots
+SPACE_FLOOR_BYTES = 64 * MIB  # of the store's file system that only deletes and ownership records may use
+
+# The write log (memfd ring) and commits
+LOG_BYTES = 64 * MIB  # ring size; also the bound on what may wait for a commit
+LOG_RECORD_MAX = 1 * MIB + 4096  # bytes of payload in one record
+COMMIT_BYTES = 16 * MIB  # a background commit starts at this much pending
+COMMIT_AGE_S = 2.0  # or at this age of the oldest pending record
+COMMIT_LEAVES = 4096  # or at this many leaves touched
+HANDLES_MAX = 4096  # open handles per mount
+
+# Caches
+RESOLVED_LEAVES = 8192  # resolved leaves kept, 4 KiB each: 32 MiB, covers 16 GiB of hot volume
+READ_THREADS = 8  # cold reads in flight
+
+# FUSE
+FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another (FACTS.md)
+FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint
+REQUEST_BYTES_MAX = 1 * MIB
+
+# The control socket
+CONTROL_LINE_BYTES_MAX = 1 * MIB
+
+# Peers and migration
+FRAME_BYTES_MAX = 2 * MIB  # one frame on the wire, checked before allocation
+HANDSHAKE_S = 10.0  # an unauthenticated connection lives no longer
+UNAUTHENTICATED_MAX = 16  # such connections at a time
+PING_S = 5.0
+PING_MISSED_MAX = 3
+INVITE_S = 600.0  # life of a pairing token
+FETCH_DEADLINE_S = 20.0  # a read of a remote page waits this long, then EIO
+CEDED_READ_WAIT_S = 10.0  # a read at the old home waits this long for the new owner's ACK, then ESTALE
+FREEZE_S = 1.0  # from the freeze to the CEDED transaction, else thaw
+PAUSE_BUDGET_S = 0.3  # pre-copy rounds end when the rest fits
+ROUNDS_MAX = 30
+RETAIN_S = 3600.0  # a retired copy is kept this long
+BULK_WINDOW_BYTES = 16 * MIB  # sent and not yet durable at the peer
