@@ -1,0 +1,81 @@
+"""Named places where a test can make the daemon die, fail or stand still. Off unless SILOFS_FAIL is set.
+
+    SILOFS_FAIL=cede.before_commit:kill,pull.after_batch:raise@3
+
+Each entry is NAME:ACTION or NAME:ACTION@N (the Nth time that the place is reached; 1 when left out). Actions: `kill`
+(SIGKILL to this process: no handler, no flush), `raise` (FailpointReached, as an unexpected error of ours would come),
+`stop` (SIGSTOP to this process: a peer that hangs with its connections open).
+
+The holder restarts a dead daemon with the same environment. So that a failpoint fires once in a test and not in every
+successor, SILOFS_FAIL_DIR can name a directory: firing creates NAME there first, and a name that exists is spent. Tests
+wait for that file instead of sleeping.
+
+The names in use are listed in docs/testing.md; `hit` of a name that nobody set costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+ENV = "SILOFS_FAIL"
+ENV_DIR = "SILOFS_FAIL_DIR"
+ACTIONS = ("kill", "raise", "stop")
+
+
+class FailpointReached(RuntimeError):
+    """Raised by a failpoint with the action `raise`; deliberately no SiloError: it stands for a bug of ours."""
+
+
+@dataclass
+class _Armed:
+    action: str
+    at: int
+    hits: int = 0
+
+
+def parse(text: str) -> dict[str, _Armed]:
+    """The armed failpoints of a SILOFS_FAIL value. ValueError on an entry that is not NAME:ACTION[@N]."""
+    armed: dict[str, _Armed] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, rest = entry.partition(":")
+        action, _, count = rest.partition("@")
+        if not name or not colon or action not in ACTIONS or (count and not count.isdigit()):
+            raise ValueError(f"{ENV}: {entry!r} is not NAME:{'|'.join(ACTIONS)}[@N]")
+        armed[name] = _Armed(action, int(count or 1))
+    return armed
+
+
+_armed = parse(os.environ.get(ENV, ""))
+
+
+def rearm(text: str) -> None:
+    """Replace what is armed in this process (tests of the failpoints themselves)."""
+    _armed.clear()
+    _armed.update(parse(text))
+
+
+def hit(name: str) -> None:
+    """The code has reached the place `name`: does what was armed for it, else nothing."""
+    armed = _armed.get(name)
+    if armed is None:
+        return
+    armed.hits += 1
+    if armed.hits != armed.at or not _claim(name):
+        return
+    if armed.action == "raise":
+        raise FailpointReached(name)
+    os.kill(os.getpid(), signal.SIGKILL if armed.action == "kill" else signal.SIGSTOP)
+
+
+def _claim(name: str) -> bool:
+    directory = os.environ.get(ENV_DIR)
+    if not directory:
+        return True
+    try:
+        os.close(os.open(Path(directory) / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    return True
