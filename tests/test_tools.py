@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import stat
+from pathlib import Path
 
+import pytest
+
+from tests.exerciser import Difference, Oracle, completions, main, pattern, verify
 from tests.qemu.guest import cpio_newc, lines_with
 
 
@@ -32,3 +37,88 @@ def test_newc_archive_is_aligned_and_lists_back() -> None:
 
 def test_lines_with_takes_only_whole_prefixes() -> None:
     assert list(lines_with("ACK 1\nxACK 2\nACK 3\n", "ACK ")) == ["1", "3"]
+
+
+SEED, UNIT = 7, 4096
+
+
+def content(unit: int, sequence: int) -> memoryview:
+    return memoryview(pattern(SEED, unit, sequence, UNIT) if sequence else bytes(UNIT))
+
+
+def test_oracle_accepts_the_last_acknowledged_write_and_those_in_flight() -> None:
+    oracle = Oracle(SEED, UNIT)
+    first, second, third = (oracle.issue(3, 1, zeroes=False) for _ in range(3))
+    oracle.check(3, content(3, 0))
+    oracle.acknowledge(first)
+    for sequence in (1, 2, 3):
+        oracle.check(3, content(3, sequence))
+    with pytest.raises(Difference):
+        oracle.check(3, content(3, 0))
+    oracle.acknowledge(second)  # first and second overlapped: either may have come last
+    oracle.check(3, content(3, 1))
+    fourth = oracle.issue(3, 1, zeroes=True)
+    oracle.acknowledge(fourth)
+    oracle.check(3, content(3, 0))
+    oracle.check(3, content(3, third.sequence))
+    for sequence in (1, 2):
+        with pytest.raises(Difference):
+            oracle.check(3, content(3, sequence))
+
+
+def test_oracle_judges_a_read_by_when_it_began() -> None:
+    oracle = Oracle(SEED, UNIT)
+    oracle.acknowledge(oracle.issue(0, 1, zeroes=False))
+    oracle.begin_read(1)
+    for _ in range(20):  # more than a history keeps, were it not for the read
+        oracle.acknowledge(oracle.issue(0, 1, zeroes=False))
+    oracle.end_read(1, 0, content(0, 1))
+    oracle.begin_read(1)
+    with pytest.raises(Difference):
+        oracle.end_read(1, 0, content(0, 20))
+
+
+def test_oracle_refuses_torn_and_misplaced_units() -> None:
+    oracle = Oracle(SEED, UNIT)
+    oracle.acknowledge(oracle.issue(0, 8, zeroes=False))
+    with pytest.raises(Difference, match="torn"):
+        oracle.check(1, memoryview(bytes(content(1, 1)[:512]) + bytes(UNIT - 512)))
+    with pytest.raises(Difference, match="foreign"):
+        oracle.check(1, content(2, 1))
+
+
+def test_a_run_verifies_and_a_tampered_file_does_not(tmp_path: Path) -> None:
+    image, log = tmp_path / "image", tmp_path / "log"
+    image.write_bytes(bytes(4 << 20))
+    command = ["run", str(image), "--log", str(log), "--mode", "buffered", "--operations", "300", "--depth", "1"]
+    assert main(command) == 0
+    assert verify(image, log) > 0 and len(completions(log)) >= 290
+    with image.open("r+b") as file:  # one unit of zeros where there was data
+        data = file.read()
+        unit = next(at for at in range(0, len(data), UNIT) if any(data[at : at + UNIT]))
+        os.pwrite(file.fileno(), bytes(UNIT), unit)
+    with pytest.raises(Difference):
+        verify(image, log)
+
+
+def test_after_a_power_cut_only_synced_writes_supersede(tmp_path: Path) -> None:
+    image, log = tmp_path / "image", tmp_path / "log"
+    events = [
+        f"H {SEED} {UNIT} 0 {UNIT}",
+        "W 1 1 0 1",
+        "A 2 1 0",
+        "F 3 0",
+        "W 4 2 0 1",
+        "A 5 2 0",
+        "W 6 3 0 1",
+        "A 7 3",
+    ]
+    log.write_text("\n".join(events))  # the last line is cut: never acknowledged
+    for sequence, synced, acknowledged in ((0, False, False), (1, True, False), (2, True, True), (3, True, True)):
+        image.write_bytes(content(0, sequence))
+        for after, legal in (("synced", synced), ("acknowledged", acknowledged)):
+            if legal:
+                verify(image, log, after=after)
+            else:
+                with pytest.raises(Difference):
+                    verify(image, log, after=after)

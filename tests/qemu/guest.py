@@ -138,7 +138,8 @@ class Guest:
                 return console
             if ended or "GUEST-FAILED" in console or time.monotonic() > deadline:
                 reason = "QEMU ended" if ended else "no such line in time"
-                raise AssertionError(f"{reason}: {text!r}\nqemu: {self.log_path.read_text()}\nconsole: {console[-4000:]}")
+                log = self.log_path.read_text()
+                raise AssertionError(f"{reason}: {text!r}\nqemu: {log}\nconsole: {console[-4000:]}")
             time.sleep(0.02)
 
     def wait_off(self, timeout: float = 120.0) -> str:
