@@ -39,6 +39,18 @@ READ_THREADS = 8  # cold reads in flight
 FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another (FACTS.md)
 FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint
 REQUEST_BYTES_MAX = 1 * MIB
+FUSE_MAX_BACKGROUND = 4096  # asynchronous requests that the kernel has in flight; libfuse's 12 lets one volume stall all
+
+# The holder and its daemon
+CRASH_DEATHS = 50  # so many deaths of the daemon ...
+CRASH_WINDOW_S = 30.0  # ... within this time are a crash loop: I/O is held and the daemon started at growing intervals
+CRASH_DELAY_S = 1.0  # the first such interval
+CRASH_DELAY_MAX_S = 30.0
+START_S = 120.0  # a daemon opens the store and replays the log within this, or is killed
+PING_DAEMON_S = 2.5  # the holder asks the daemon for a sign of life
+PONG_DAEMON_S = 10.0  # and kills one that gave none for so long
+DRAIN_S = 10.0  # a daemon told to stop finishes the requests that it has read within this
+STANDBY_S = 1.0  # after a daemon began to serve, its successor's interpreter is started
 
 # The control socket
 CONTROL_LINE_BYTES_MAX = 1 * MIB
@@ -57,3 +69,22 @@ PAUSE_BUDGET_S = 0.3  # pre-copy rounds end when the rest fits
 ROUNDS_MAX = 30
 RETAIN_S = 3600.0  # a retired copy is kept this long
 BULK_WINDOW_BYTES = 16 * MIB  # sent and not yet durable at the peer
+CONTROL_CONNECTIONS_MAX = 64  # at a time; each is one command
+CONTROL_REQUEST_S = 10.0  # a connection that has not sent its request by then is closed
+CONTROL_FDS_MAX = 4  # files that may come with one request
+HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
+
+# The migration protocol (docs/protocol.md); each bounds what one decoded message can hold
+GROUP_MAX = 64  # volumes in one migration
+SEGMENTS_MAX = 4096  # layers that one migration names
+STATES_MAX = 1024  # sealed layers of a volume that an OFFER lists, newest first
+SNAPSHOTS_MAX = 4096  # named snapshots that travel with a group
+RUNS_MAX = 8192  # runs of a map in one MAP message or GRANT; the rest is asked for
+PULL_RUNS_MAX = 256  # runs of pages in one PULL
+PULL_PAGES = 256  # pages in one PULL (1 MiB): the unit of credit
+PULLS_MAX = 1024  # demand and hint PULLs that wait at most
+HELLO_VOLUMES_MAX = 16384  # volumes in a HELLO
+REPEAT_S = 5.0  # an unanswered message is sent again after this long
+PREPARE_S = 5.0  # PREPARE is given up after this long, and a round follows
+FREEZE_TRIES_MAX = 5  # freezes that end in a thaw before the migration gives up
+CLOSING_ROUND_S = 0.5  # a switch-over on command needs a round that was sealed no longer ago than this
