@@ -122,6 +122,13 @@ class ReadOnly(UserError):
     exit_code = Exit.BUSY
 
 
+class TooManyOpen(UserError):
+    code = "too_many_open"
+    errno = _errno.ENFILE
+    exit_code = Exit.BUSY
+    default_hint = "close files on this mount first"
+
+
 class Unsupported(UserError):
     code = "unsupported"
     errno = _errno.EOPNOTSUPP
