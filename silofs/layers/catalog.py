@@ -1,0 +1,122 @@
+"""The records of the store's catalog and the tables they live in (docs/format.md, "Catalog").
+
+A record is msgpack of one of these structs, as an array: fields are only ever appended, with defaults. Its checksum
+covers the table's name and the key, so that a record found in another's place is damage, not an answer.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeVar
+
+import msgspec
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all catalog records."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Volume(Record, frozen=True, array_like=True):
+    """One image file. Key: its uuid."""
+
+    uuid: bytes
+    name: str
+    head: int  # id of the one writable layer
+    size: int  # bytes
+    inode: int
+    created_ns: int
+    mtime_ns: int
+    uid: int
+    gid: int
+    mode: int  # permission bits
+    applied_lsn: int = 0  # records of the write log at or below it are in the store
+    data_pages: int = 0  # pages that are neither hole nor zero, resolved through the chain; remote and lost ones count
+
+
+class Layer(Record, frozen=True, array_like=True):
+    """One copy-on-write layer. Key: its id, which is local and never used again."""
+
+    id: int
+    parent: int  # id; 0 = none
+    size: int  # bytes: of the volume now (head), or when it was sealed
+    clip: int  # bytes: the smallest size it ever had; what lies below reads as zero beyond it
+    uuid: bytes = b""  # names the content of the chain at this point; drawn when it is sealed
+    sealed: bool = False
+    leaves: int = 0  # leaf records
+    chunks: bytes = b""  # bitmap of the presence chunks that exist, without trailing zero bytes
+    own_pages: int = 0  # entries DATA or LONE: pages stored for this layer
+    remote_pages: int = 0  # entries REMOTE: still at a peer
+    lost_pages: int = 0  # entries LOST
+    mapped: int = 0  # pages from 0 whose state is known; less than the size spans only while a map is being received
+    children: int = 0  # layers whose parent this is
+    snapshots: int = 0  # snapshots that name it
+    pins: int = 0  # migrations that hold it
+    data_pages: int = 0  # of the chain resolved from here, as in Volume; set when it is sealed or first shown
+    doomed: bool = False  # nothing reaches it; its leaves are being removed in bounded steps
+
+
+class Snapshot(Record, frozen=True, array_like=True):
+    """A name for a sealed chain. Key: volume uuid + name."""
+
+    volume: bytes
+    name: str
+    layer: int
+    size: int
+    created_ns: int
+    inode: int
+    data_pages: int
+
+
+class Role(StrEnum):
+    """What this store is to a volume (docs/protocol.md)."""
+
+    NONE = "none"
+    OWNER = "owner"
+    INCOMING = "incoming"
+    CEDED = "ceded"
+    RETIRED = "retired"
+    FENCED = "fenced"
+
+
+class Ownership(Record, frozen=True, array_like=True):
+    """Who may write a volume, as far as this store knows. Key: volume uuid. Kept for ever: a tombstone at the end."""
+
+    uuid: bytes
+    role: Role
+    epoch: int
+    offered_epoch: int = 0
+    peer: str = ""
+    migration: str = ""
+    last_lsn: int = 0  # of the volume, when it was ceded
+    generation: int = 0
+    lineage: str = ""
+    layer: bytes = b""  # uuid of the sealed final layer, when ceded
+    name: str = ""  # of the volume, when it left: what a tombstone is shown as
+    changed_ns: int = 0
+
+
+class Pin(Record, frozen=True, array_like=True):
+    """Holds a layer against deletion. Key: layer id + name of the holder."""
+
+    layer: int
+    holder: str
+
+
+class Value(Record, frozen=True, array_like=True):
+    """An opaque value that another part of silofs keeps in the store (peers, migrations, outbox, host)."""
+
+    data: bytes
+
+
+class State(Record, frozen=True, array_like=True):
+    """The store's counters; one record, rewritten by nearly every transaction."""
+
+    next_object: int = 1
+    next_layer: int = 1
+    next_inode: int = 2  # 1 is the mount's root
+    lsn: int = 0  # the highest applied one of any volume, deleted ones included
+    opens: int = 0
+    rows: dict[str, int] = {}  # records per catalog table: what proves that one is not there

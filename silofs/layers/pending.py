@@ -1,0 +1,153 @@
+"""What one volume has in the write log and not yet in LMDB: an index over the ring, not a copy of it. Pure.
+
+Positions are byte positions of a page's (or a range's) first byte in the log's ring, which is passed to whoever needs
+the bytes. A `Pending` is written by the engine only until it is handed to a commit; after that nobody changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from silofs.blocks import LEAF_SHIFT, PAGE, PAGE_SHIFT
+from silofs.extents import Extents
+
+ZERO: Final = -1
+"""In place of a ring position: the page is all zeros, and has no bytes in the ring."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Patch:
+    """A page of which only some bytes are in the ring.
+
+    `ranges` are (start, end, ring position) with 0 <= start < end <= 4096, sorted and disjoint: a newer write has
+    already cut what it hides out of the older ones. `base` is what lies beneath them: a ring position, ZERO, or None
+    when it is the page as the store has it.
+    """
+
+    __slots__ = ("base", "ranges")
+
+    def __init__(self, base: int | None) -> None:
+        self.base = base
+        self.ranges: list[tuple[int, int, int]] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the page can be built from the ring alone."""
+        if self.base is not None:
+            return True
+        at = 0
+        for start, end, _ in self.ranges:
+            if start != at:
+                return False
+            at = end
+        return at == PAGE
+
+    def put(self, start: int, end: int, position: int) -> None:
+        """Lay bytes [start, end) of the page, found at `position`, over what is there."""
+        kept = [(start, end, position)]
+        for old_start, old_end, old_position in self.ranges:
+            if old_start < start:
+                kept.append((old_start, min(old_end, start), old_position))
+            if old_end > end:
+                cut = max(old_start, end)
+                kept.append((cut, old_end, old_position + cut - old_start))
+        kept.sort()
+        self.ranges = kept
+
+    def render(self, ring: memoryview, base: Buffer | None = None) -> bytes:
+        """The page's 4096 bytes; `base` is the page of the store, needed only while `complete` is false."""
+        if self.base is None:
+            page = bytearray(PAGE if base is None else base)
+        elif self.base == ZERO:
+            page = bytearray(PAGE)
+        else:
+            page = bytearray(ring[self.base : self.base + PAGE])
+        for start, end, position in self.ranges:
+            page[start:end] = ring[position : position + end - start]
+        return bytes(page)
+
+    def __repr__(self) -> str:
+        return f"Patch(base={self.base}, ranges={self.ranges})"
+
+
+class Pending:
+    """One volume's writes since a cut of the log. `zeros` (page ranges) lie beneath `pages`."""
+
+    __slots__ = ("bytes", "first_lsn", "last_lsn", "leaves", "pages", "uuid", "zeros")
+
+    def __init__(self, uuid: bytes) -> None:
+        self.uuid = uuid
+        self.first_lsn = 0  # of the oldest record indexed here; 0 while there is none
+        self.last_lsn = 0
+        self.pages: dict[int, int | Patch] = {}
+        self.zeros = Extents()
+        self.bytes = 0  # payload indexed, overwritten pages counted again: what the ring holds for it
+        self.leaves: set[int] = set()  # touched by writes; zeroed ranges are not counted
+
+    def __bool__(self) -> bool:
+        return self.last_lsn != 0
+
+    @property
+    def leaves_touched(self) -> int:
+        return len(self.leaves)
+
+    def write(self, offset: int, position: int, length: int, lsn: int) -> None:
+        """Index `length` bytes for the volume's byte `offset`, which lie at ring `position`."""
+        self._note(lsn)
+        self.bytes += length
+        if length == PAGE and not offset & (PAGE - 1):
+            page = offset >> PAGE_SHIFT
+            self.pages[page] = position
+            self.leaves.add(page >> LEAF_SHIFT)
+            return
+        pages, leaves = self.pages, self.leaves
+        end = offset + length
+        while offset < end:
+            page, start = offset >> PAGE_SHIFT, offset & (PAGE - 1)
+            leaves.add(page >> LEAF_SHIFT)
+            if start or end - offset < PAGE:
+                step = min(PAGE - start, end - offset)
+                self._patch(page).put(start, start + step, position)
+            else:
+                step = PAGE
+                pages[page] = position
+            offset += step
+            position += step
+
+    def _patch(self, page: int) -> Patch:
+        """The page's entry as a patch, made from what is there now."""
+        entry = self.pages.get(page)
+        if isinstance(entry, Patch):
+            return entry
+        if entry is None and page in self.zeros:
+            entry = ZERO
+        self.pages[page] = patch = Patch(entry)
+        return patch
+
+    def zero(self, first_page: int, end_page: int, lsn: int) -> None:
+        """The whole pages [first_page, end_page) become zero. Ragged edges are the caller's: writes of zeros."""
+        self._note(lsn)
+        if first_page >= end_page:
+            return
+        pages = self.pages
+        if end_page - first_page < len(pages):
+            for page in range(first_page, end_page):
+                pages.pop(page, None)
+        else:
+            for page in [page for page in pages if first_page <= page < end_page]:
+                del pages[page]
+        self.zeros.add(first_page, end_page)
+
+    def lookup(self, page: int) -> int | Patch | None:
+        """Ring position of the page's bytes, a Patch, ZERO, or None: nothing of it is pending."""
+        entry = self.pages.get(page)
+        if entry is None and self.zeros and page in self.zeros:
+            return ZERO
+        return entry
+
+    def _note(self, lsn: int) -> None:
+        assert lsn > self.last_lsn, "records are indexed in the order of the log"
+        self.last_lsn = lsn
+        if not self.first_lsn:
+            self.first_lsn = lsn
