@@ -105,9 +105,7 @@ def _make(directory: Path) -> None:
     made.mkdir(mode=0o700)
     _write(
         made / KEY_FILE,
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ),
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
     )
     _write(made / CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM))
     _sync(made)
