@@ -243,3 +243,14 @@ class FetchTimeout(PeerError):
 
     code = "fetch_timeout"
     retry = True
+
+
+def error_of(code: str) -> type[SiloError]:
+    """The class with this `code`, for an error that travelled between our own processes; SiloError if none has it."""
+
+    def find(base: type[SiloError]) -> type[SiloError] | None:
+        if base.code == code:
+            return base
+        return next(filter(None, map(find, base.__subclasses__())), None)
+
+    return find(SiloError) or SiloError

@@ -1,0 +1,98 @@
+"""One daemon process as the holder sees it: its descriptors, how far its start has come, and its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from silofs.mount import kernel
+from silofs.mount.channel import Channel, Message
+
+
+class Stage(Enum):
+    """How far a daemon is. The first of a mount opens the store before it is shown INIT, its successors after it."""
+
+    BOOTING = "booting"  # importing; for a successor: its reply to INIT is outstanding
+    WARM = "warm"  # its reply to INIT is the first generation's; it holds neither store, log nor mount
+    OPENING = "opening"
+    OPENED = "opened"  # the store is open and the log replayed; only the first generation stays here for long
+    SERVING = "serving"
+    LEAVING = "leaving"  # told to end
+
+
+class Child:
+    """A started daemon. Nothing here waits except `reap`, which is for after the pidfd became readable."""
+
+    def __init__(self, module: str, arguments: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        self.channel, theirs = Channel.pair()
+        session, daemon_session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        session.setblocking(False)
+        self.session = session
+        with theirs, daemon_session:
+            fds = (theirs.fileno(), daemon_session.fileno())
+            command = [sys.executable, "-P", "-m", module, *arguments]
+            command += ["--channel", str(fds[0]), "--session", str(fds[1])]
+            self._process = subprocess.Popen(
+                command, pass_fds=fds, stdin=subprocess.DEVNULL, cwd="/", env=environment, start_new_session=True
+            )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        self.stage = Stage.BOOTING
+        self.changed_at = 0.0  # when the present stage began; the holder's clock
+        self.pong_at = 0.0
+        self.clean = False  # it said that everything is committed
+        self.refusal: dict[str, Any] | None = None  # why it could not open the store: code, message, hint, exit
+
+    def enter(self, stage: Stage, now: float) -> None:
+        self.stage = stage
+        self.changed_at = now
+
+    def show_init(self, init: kernel.Init) -> None:
+        self.session.send(init.request)
+        self.channel.send("init")
+
+    def init_reply(self) -> bytes | None:
+        """What the daemon answered to INIT; None when its end is closed. BlockingIOError: nothing yet."""
+        try:
+            return self.session.recv(kernel.MESSAGE_BYTES) or None
+        except ConnectionError:
+            return None
+
+    def messages(self) -> list[Message]:
+        """All that has come."""
+        found: list[Message] = []
+        while True:
+            try:
+                message = self.channel.receive()
+            except BlockingIOError:
+                return found
+            if message is None:
+                return found
+            found.append(message)
+
+    @property
+    def stopped(self) -> bool:
+        """Somebody holds it with SIGSTOP or a debugger: silence is then no sign of a fault."""
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return status.rpartition(")")[2].split()[0] in ("T", "t")
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Wait for its end; the exit status as subprocess gives it. Closes every descriptor of it."""
+        status = self._process.wait()
+        self.channel.close()
+        self.session.close()
+        os.close(self.pidfd)
+        return status

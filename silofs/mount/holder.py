@@ -1,0 +1,505 @@
+"""The holder: a small process that owns a mount while the daemons that serve it come and go.
+
+It keeps the descriptors whose last close would lose something: /dev/fuse (the mount and the requests waiting in it),
+the store's lock, and the memfd with the write log and the table of open handles. A daemon gets them over a socket when
+its turn has come. When it dies, the kernel is told to queue again what it had read and not answered
+(FUSE_NOTIFY_RESEND, while nobody reads), and the next daemon is given its place: it replays the log, takes the
+requests, and a running VM has seen a pause.
+
+A successor is started ahead of its time and waits *warm*: imported, its FUSE session initialised with the kernel's
+INIT request, with neither store nor mount. INIT is replayed to it over a socket; its reply has to be, byte for byte,
+the first daemon's, since the kernel goes by that one for as long as the mount lives. So a crash costs the opening of
+the store, and an upgrade is refused before the old daemon is stopped if the new one would speak another FUSE dialect.
+
+Rules that keep it alive: it imports neither trio nor LMDB, never opens anything on its mount, never waits for a daemon,
+and has an oom_score_adj of -900. It ends when the mount is gone *and* a daemon said that the log is committed; before
+that it starts daemons for as long as it takes. docs/mount.md has the table of deaths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from silofs import limits
+from silofs.errors import Busy, NoStore, SiloError, StoreLocked, UserError, error_of
+from silofs.mount import kernel
+from silofs.mount.backoff import Backoff
+from silofs.mount.channel import ChannelError, Message
+from silofs.mount.child import Child, Stage
+
+STATE_FILE = "holder.json"
+
+
+class Holder:
+    """One mount from mount(2) to the last commit after umount(2). `run` is the whole life of the process."""
+
+    def __init__(self, store: Path, mountpoint: Path, options: kernel.Options, module: str, arguments: Sequence[str]):
+        self._store, self._mountpoint, self._options = store, mountpoint, options
+        self._module, self._arguments = module, [*arguments, "--store", str(store), "--mountpoint", str(mountpoint)]
+        self._ready: Callable[[dict[str, Any]], None] | None = None
+        self._backoff = Backoff()
+        self._poller = select.poll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._current: Child | None = None  # the one that has the store
+        self._spares: list[Child] = []  # successors, the preferred one first
+        self._fuse = -1
+        self._log = -1
+        self._lock = -1
+        self._init: kernel.Init | None = None
+        self._init_reply: bytes | None = None
+        self._generations = 0  # daemons that served
+        self._promote_at = 0.0
+        self._ping_at = 0.0
+        self._restart: tuple[Child, int] | None = None  # the successor that a `restart` waits for, and its id
+        self._last_exit = ""
+        self._refused: dict[str, Any] | None = None
+        self._over: int | None = None  # exit status once everything is done
+        self._wakeup, wakeup_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._watch(self._wakeup, self._signalled)
+
+    # The start
+
+    def run(self, ready: Callable[[dict[str, Any]], None]) -> int:
+        """Hold the mount until it is gone; the exit code. `ready` is told once, when the mount answers.
+
+        Raises SiloError when it cannot come up: nothing is mounted then.
+        """
+        self._ready = ready
+        self._take_store()
+        try:
+            self._prepare_mountpoint()
+            self._new_log()
+            self._current = self._spawn()
+            self._open(self._current)
+            while self._over is None:
+                self._turn()
+        finally:
+            self._end()
+        return self._over
+
+    def _take_store(self) -> None:
+        """Lock the store. The description is shared with every daemon: free only when all of us are gone."""
+        try:
+            self._lock = os.open(self._store / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoStore(f"there is no store at {self._store}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreLocked(f"the store {self._store} is in use") from None
+
+    def _prepare_mountpoint(self) -> None:
+        """Detach what a dead holder of this store left behind; refuse what is not an empty directory."""
+        path = str(self._mountpoint)
+        for mounted in reversed(kernel.mounts()):
+            if mounted.mountpoint == path:
+                # We hold the store's lock, so whoever served a mount of this store is dead.
+                if mounted.source != str(self._store):
+                    raise Busy(f"{path} is the mount of the store {mounted.source}", hint=f"silofs umount {path}")
+                kernel.unmount(path, lazy=True)
+        if not self._mountpoint.is_dir():
+            raise UserError(f"{path} is not a directory", hint="make it, or name another mountpoint")
+        if not self._options.nonempty and any(self._mountpoint.iterdir()):
+            hint = "mount on an empty directory, or add -o nonempty to hide what is in there"
+            raise Busy(f"{path} is not empty", hint=hint)
+
+    def _new_log(self) -> None:
+        """An empty memfd; the daemon lays the write log out in it."""
+        self._log = os.memfd_create("silofs-log", os.MFD_CLOEXEC)
+
+    def _mount(self) -> None:
+        try:
+            self._fuse = kernel.mount(str(self._mountpoint), str(self._store), self._options)
+        except OSError as error:
+            raise SiloError(f"cannot mount on {self._mountpoint}: {error.strerror}") from error
+        self._init = kernel.read_init(self._fuse, timeout_s=10.0)
+
+    # Daemons
+
+    def _spawn(self) -> Child:
+        child = Child(self._module, self._arguments)
+        child.enter(Stage.BOOTING, time.monotonic())
+        self._watch(child.pidfd, lambda: self._died(child))
+        self._watch(child.channel.fileno(), lambda: self._messages(child))
+        self._watch(child.session.fileno(), lambda: self._init_replied(child))
+        return child
+
+    def _spare(self) -> Child:
+        """A successor, shown INIT at once."""
+        assert self._init is not None
+        child = self._spawn()
+        child.show_init(self._init)
+        return child
+
+    def _open(self, child: Child) -> None:
+        child.enter(Stage.OPENING, time.monotonic())
+        child.channel.send("open", [self._lock, self._log])
+
+    def _serve(self, child: Child) -> None:
+        assert self._init is not None
+        capabilities = ["resend"] if self._init.can_resend else []
+        child.channel.send("serve", [self._fuse], restarts=self._generations, capabilities=capabilities)
+
+    def _promote(self) -> None:
+        """Give the place of a dead daemon to the first successor that is warm; start one if there is none."""
+        assert self._init is not None
+        if kernel.disconnected(self._fuse):
+            self._discard_spares()
+            self._current = self._spawn()  # only to commit what the log still holds: it is never shown the mount
+            self._open(self._current)
+            return
+        if not self._spares:
+            self._spares.append(self._spare())
+        child = next((spare for spare in self._spares if spare.stage is Stage.WARM), None)
+        if child is not None:
+            if self._init.can_resend:
+                kernel.resend(self._fuse)
+            self._spares.remove(child)
+            self._current = child
+            self._open(child)
+
+    def _discard_spares(self) -> None:
+        for child in self._spares:
+            child.enter(Stage.LEAVING, time.monotonic())
+            child.kill()
+        self._spares.clear()
+
+    # What happens
+
+    def _messages(self, child: Child) -> None:
+        try:
+            for message in child.messages():
+                self._message(child, message)
+        except ChannelError as error:
+            self._note(f"daemon {child.pid}: {error}")
+            child.kill()
+        if child.channel.fileno() in self._watched and _closed(child.channel.fileno()):
+            self._unwatch(child.channel.fileno())
+
+    def _message(self, child: Child, message: Message) -> None:
+        now = time.monotonic()
+        op = message.op
+        if op == "opened" and child is self._current:
+            child.enter(Stage.OPENED, now)
+            if self._init is None:
+                self._mount()
+                assert self._init is not None
+                child.show_init(self._init)
+            elif kernel.disconnected(self._fuse):
+                child.channel.send("quit")
+            else:
+                self._serve(child)
+        elif op == "serving" and child is self._current:
+            child.enter(Stage.SERVING, now)
+            child.pong_at = now
+            self._generations += 1
+            self._refused = None
+            self._backoff.served()
+            self._note(f"daemon {child.pid} serves {self._mountpoint}")
+            self._publish()
+            if self._ready is not None:
+                self._ready({"ok": True, "holder_pid": os.getpid(), "daemon_pid": child.pid})
+                self._ready = None
+        elif op == "failed":
+            child.refusal = {key: message.fields.get(key) for key in ("code", "message", "hint", "exit")}
+        elif op == "pong":
+            child.pong_at = now
+        elif op == "bye":
+            child.clean = bool(message.fields.get("clean"))
+            child.enter(Stage.LEAVING, now)
+        elif op == "restart" and child is self._current:
+            self._begin_restart(int(message.fields.get("id", 0)))
+
+    def _init_replied(self, child: Child) -> None:
+        try:
+            reply = child.init_reply()
+        except BlockingIOError:
+            return
+        self._unwatch(child.session.fileno())
+        if reply is None:
+            return  # it is dying; its pidfd says so too
+        if self._init_reply is None:
+            self._init_reply = reply
+            os.write(self._fuse, kernel.widen(reply))
+            self._serve(child)
+        elif reply == self._init_reply:
+            child.enter(Stage.WARM, time.monotonic())
+            self._warm(child)
+        else:
+            self._note(f"daemon {child.pid} answers INIT in another way than the mount was made with: not used")
+            self._drop_spare(child, "the new daemon speaks another FUSE dialect than the mount was made with")
+
+    def _begin_restart(self, request: int) -> None:
+        """A daemon started from the program as it is now, shown INIT; only then is the present one told to go."""
+        child = self._spare()
+        self._spares.insert(0, child)  # an older spare stays: it takes over should the new one fail to open the store
+        self._restart = (child, request)
+
+    def _warm(self, child: Child) -> None:
+        if self._restart is not None and self._restart[0] is child:
+            self._restart = None
+            if self._current is not None:
+                self._current.channel.send("drain")
+        if self._current is None and time.monotonic() >= self._promote_at:
+            self._promote()
+
+    def _drop_spare(self, child: Child, why: str) -> None:
+        if self._restart is not None and self._restart[0] is child:
+            if self._current is not None:
+                self._current.channel.send("answer", id=self._restart[1], error=why)
+            self._restart = None
+        if child in self._spares:
+            self._spares.remove(child)
+            child.enter(Stage.LEAVING, time.monotonic())
+            child.kill()
+
+    def _died(self, child: Child) -> None:
+        self._messages(child)  # its last words
+        for fd in (child.pidfd, child.channel.fileno(), child.session.fileno()):
+            self._unwatch(fd)
+        status = child.reap()
+        if child is not self._current:
+            if child in self._spares:
+                self._note(f"waiting daemon {child.pid} ended with status {status}")
+                self._promote_at = max(self._promote_at, time.monotonic() + limits.CRASH_DELAY_S)
+            self._drop_spare(child, f"the new daemon ended with status {status}")
+            return
+        self._current = None
+        now = time.monotonic()
+        self._last_exit = _describe(child, status)
+        self._note(f"daemon {child.pid} {self._last_exit}")
+        if self._generations == 0:
+            raise _as_error(child, self._last_exit)
+        if kernel.disconnected(self._fuse) and child.clean:
+            self._over = 0
+            return
+        delay = 0.0
+        if child.refusal is not None:
+            self._refused = child.refusal
+            delay = self._backoff.failed()
+        elif not child.clean:
+            served = now - child.changed_at if child.stage is Stage.SERVING else 0.0
+            delay = self._backoff.died(now, served_s=served)
+        if delay:
+            self._note(f"requests are held; the next start is in {delay:.0f} s")
+        self._promote_at = now + delay
+        if not delay:
+            self._promote()
+        self._publish()
+
+    def _signalled(self) -> None:
+        """SIGTERM and SIGINT ask for what `silofs umount` does; while files are open they change nothing."""
+        os.read(self._wakeup, 64)
+        if self._init is None:
+            raise SiloError("interrupted before the mount was made")
+        try:
+            kernel.unmount(str(self._mountpoint), lazy=False)
+        except OSError as error:
+            self._note(f"asked to end, but {self._mountpoint} cannot be unmounted: {error.strerror}")
+        self._promote_at = time.monotonic()  # with no daemon there, the log is to be committed now
+
+    # The loop
+
+    def _watch(self, fd: int, then: Callable[[], None]) -> None:
+        self._watched[fd] = then
+        self._poller.register(fd, select.POLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self._poller.unregister(fd)
+
+    def _turn(self) -> None:
+        """Wait for the next event or the next due time, and do what it asks for."""
+        due = self._due()
+        timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
+        for fd, _events in self._poller.poll(timeout):
+            self._attempt(self._watched.get(fd))  # an earlier callback of this turn may have ended it
+        self._attempt(lambda: self._timers(time.monotonic()))
+
+    def _attempt(self, then: Callable[[], None] | None) -> None:
+        """A fault of ours must not take the mount of running VMs along: it is reported, and the holder goes on."""
+        try:
+            if then is not None:
+                then()
+        except Exception as error:
+            if self._generations == 0:
+                raise
+            self._note(f"{type(error).__name__}: {error}")
+            time.sleep(0.1)  # so that a fault which repeats itself leaves the processor to others
+
+    def _due(self) -> float | None:
+        times = []
+        current = self._current
+        if current is None:
+            if any(spare.stage is Stage.WARM for spare in self._spares) or not self._spares:
+                times.append(self._promote_at)
+            else:
+                times.append(self._spares[0].changed_at + limits.START_S)
+        elif current.stage is Stage.SERVING:
+            times.append(self._ping_at)
+            if not self._spares:
+                times.append(max(current.changed_at + limits.STANDBY_S, self._promote_at))
+        else:
+            times.append(current.changed_at + _patience(current))
+        return min(times, default=None)
+
+    def _timers(self, now: float) -> None:
+        current = self._current
+        if self._over is not None:
+            return
+        if current is None:
+            if now >= self._promote_at and self._generations:
+                self._promote()
+        elif current.stage is Stage.SERVING:
+            if not self._spares and now >= max(current.changed_at + limits.STANDBY_S, self._promote_at):
+                self._spares.append(self._spare())
+            if now >= self._ping_at:
+                self._ping(current, now)
+        elif now >= current.changed_at + _patience(current):
+            self._note(f"daemon {current.pid} is stuck while {current.stage.value}")
+            current.kill()
+            current.enter(current.stage, now)
+        for spare in [spare for spare in self._spares if spare.stage is Stage.BOOTING]:
+            if now >= spare.changed_at + limits.START_S:
+                self._drop_spare(spare, "the new daemon did not come up")
+
+    def _ping(self, current: Child, now: float) -> None:
+        self._ping_at = now + limits.PING_DAEMON_S
+        if now - current.pong_at > limits.PONG_DAEMON_S:
+            if current.stopped:
+                current.pong_at = now
+                return
+            self._note(f"daemon {current.pid} gave no sign of life for {limits.PONG_DAEMON_S:.0f} s")
+            current.kill()
+            current.pong_at = now
+        current.channel.send("ping", n=int(now * 1000))
+
+    # What others see
+
+    def _note(self, text: str) -> None:
+        print(f"silofs holder: {text}", file=sys.stderr, flush=True)
+
+    def _publish(self) -> None:
+        """Leave in the store what a command can show while there is no daemon to ask."""
+        current = self._current
+        serving = current is not None and current.stage is Stage.SERVING
+        waiting = "holding" if self._backoff.holding else "starting"
+        about = {
+            "state": "serving" if serving else waiting,
+            "holder_pid": os.getpid(),
+            "daemon_pid": current.pid if current is not None else None,
+            "mountpoint": str(self._mountpoint),
+            "restarts": max(0, self._generations - 1),
+            "last_exit": self._last_exit,
+            "refused": self._refused,
+        }
+        path = self._store / STATE_FILE
+        new = path.with_suffix(".new")
+        try:
+            new.write_text(json.dumps(about) + "\n")
+            new.replace(path)
+        except OSError as error:  # a full disk must not end a mount
+            self._note(f"cannot write {path}: {error.strerror}")
+
+    def _end(self) -> None:
+        """Leave nothing behind: no daemon, no file, and no mount unless it goes on being used lazily."""
+        self._discard_spares()
+        if self._current is not None:
+            self._current.kill()
+            self._current.reap()
+        if self._fuse >= 0 and not kernel.disconnected(self._fuse):
+            try:
+                kernel.unmount(str(self._mountpoint), lazy=True)
+            except OSError as error:
+                self._note(f"cannot unmount {self._mountpoint}: {error.strerror}")
+        (self._store / STATE_FILE).unlink(missing_ok=True)
+
+
+def _patience(child: Child) -> float:
+    """How long a daemon may stay in its stage before it counts as stuck."""
+    return limits.DRAIN_S * 6 if child.stage is Stage.LEAVING else limits.START_S
+
+
+def _closed(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, 0)
+    return any(events & select.POLLHUP for _fd, events in poller.poll(0))
+
+
+def _describe(child: Child, status: int) -> str:
+    if child.refusal is not None:
+        return f"could not open the store: {child.refusal['message']}"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return "ended as it was asked to" if child.clean else f"ended with status {status}"
+
+
+def _as_error(child: Child, described: str) -> SiloError:
+    """Why the first daemon of a mount did not come up."""
+    refusal = child.refusal
+    if refusal is None:
+        return SiloError(f"the daemon {described}", hint="its log says more")
+    return error_of(str(refusal["code"]))(str(refusal["message"]), hint=str(refusal["hint"] or ""))
+
+
+def _spare_from_the_oom_killer() -> None:
+    """The daemon can be replaced and the holder cannot. Children set their own value back (docs/mount.md)."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("-900")
+    except OSError:
+        pass  # not root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="silofs-holder")
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--mountpoint", type=Path, required=True)
+    parser.add_argument("--options", default="")
+    parser.add_argument("--daemon", default="silofs.daemon", help="the module that is run as daemon")
+    parser.add_argument("--ready-fd", type=int, default=-1, help="where to tell the launcher that the mount answers")
+    parser.add_argument("rest", nargs="*", help="after --: options of the daemon")
+    args = parser.parse_args(argv)
+
+    def tell(about: dict[str, Any]) -> None:
+        if args.ready_fd >= 0:
+            os.write(args.ready_fd, json.dumps(about).encode() + b"\n")
+            os.close(args.ready_fd)
+
+    if args.ready_fd >= 0:
+        os.set_inheritable(args.ready_fd, False)
+    _spare_from_the_oom_killer()
+    os.chdir("/")  # a working directory on some mount would pin it
+    try:
+        options = kernel.Options.parse(args.options, root=os.geteuid() == 0)
+        holder = Holder(args.store.absolute(), args.mountpoint, options, args.daemon, args.rest)
+        return holder.run(tell)
+    except SiloError as error:
+        print(f"silofs: {error.message}\n{error.hint}", file=sys.stderr, flush=True)
+        tell(
+            {
+                "ok": False,
+                "code": error.code,
+                "message": error.message,
+                "hint": error.hint,
+                "exit": error.exit_code,
+            }
+        )
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The daemon's FUSE session: pyfuse3 on a descriptor that the holder owns.
+
+pyfuse3 is made for a daemon that mounts. Here it is given a SEQPACKET socket as its "mount" (`/dev/fd/N`, which libfuse
+takes for a /dev/fuse that somebody opened), reads the kernel's INIT request from it and answers into it: phase one. The
+holder checks or forwards the answer. Then the real descriptor is put in the socket's place with dup2, and the loop runs
+again: phase two, requests.
+
+Two things are replaced in pyfuse3's loop, both by attributes of its module. It waits in epoll for every single request,
+which costs more than serving one; `_Polled` asks the descriptor first. And every wait is where a drain is noticed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import sys
+from collections.abc import Awaitable, Callable
+
+import pyfuse3
+import trio
+
+from silofs import limits
+
+SWITCH_INTERVAL_S = 0.0002  # CPython's 5 ms would let one busy thread stretch a 3 us look-up to 200 us
+
+
+class Hooks(pyfuse3.Operations):
+    """Operations that know when INIT was answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initialised = trio.Event()
+
+    def init(self) -> None:
+        """libfuse has read INIT, and answers it before any other task of this thread runs."""
+        self.initialised.set()
+
+
+class Session:
+    """One session of this process (libfuse and pyfuse3 have no more). `session_fd` is the inherited socket."""
+
+    def __init__(self, operations: Hooks, session_fd: int, options: set[str]) -> None:
+        self._operations = operations
+        self._fd = session_fd
+        self._options = options
+        self._draining = False
+
+    async def initialise(self) -> None:
+        """Phase one: answer the INIT request that is in the socket."""
+        pyfuse3.init(self._operations, f"/dev/fd/{self._fd}", self._options)
+        done = trio.Event()
+
+        async def phase() -> None:
+            await pyfuse3.main(min_tasks=1, max_tasks=1)
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(phase)
+            await self._operations.initialised.wait()
+            while not done.is_set():  # its one reader goes on to wait for a second request
+                trio.lowlevel.notify_closing(self._fd)
+                await trio.lowlevel.checkpoint()
+
+    def attach(self, fuse: int) -> None:
+        """Put the mount's descriptor in the place of the socket; `fuse` is closed."""
+        os.dup2(fuse, self._fd, inheritable=False)
+        os.close(fuse)
+        os.set_blocking(self._fd, False)
+        own = getattr(pyfuse3, "_wait_fuse_readable", None)
+        if own is not None:
+            # Another pyfuse3 may not have it; then its own loop runs, slower and just as right.
+            pyfuse3._wait_fuse_readable = _Polled(self._fd, own, self._is_draining).wait  # type: ignore[attr-defined]
+
+    async def serve(self) -> bool:
+        """Phase two: take requests until the mount is gone (True) or `drain` was called (False)."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.collect()
+        gc.freeze()  # what the imports left behind need not be walked again
+        await pyfuse3.main(min_tasks=1, max_tasks=limits.FUSE_MAX_TASKS)
+        return not self._draining
+
+    def drain(self) -> None:
+        """Read no further request; `serve` returns when those that were read are answered."""
+        self._draining = True
+        pyfuse3.terminate()
+
+    def _is_draining(self) -> bool:
+        return self._draining
+
+
+class _Polled:
+    """pyfuse3's wait for the next request, asking the descriptor before epoll.
+
+    At most FUSE_POLL_BURST requests in a row are taken that way, so that other tasks get the loop. pyfuse3 reads right
+    after `wait` returned, with no await in between: the descriptor that was readable here is readable there. That is
+    also why it is asked again after epoll said so, since another task may have read in the meantime, and a read of
+    nothing would end the loop.
+    """
+
+    __slots__ = ("_draining", "_own", "_poll", "_taken")
+
+    def __init__(self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool]) -> None:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        self._poll = poller.poll
+        self._own = own
+        self._draining = draining
+        self._taken = 0
+
+    async def wait(self) -> bool:
+        """True when a request (or the end of the mount) can be read, False to end this task."""
+        if self._draining():
+            return False
+        taken = self._taken + 1
+        if taken < limits.FUSE_POLL_BURST and self._poll(0):
+            self._taken = taken
+            return True
+        self._taken = 0
+        while await self._own():
+            if self._draining():
+                return False
+            if self._poll(0):
+                return True
+        return False
