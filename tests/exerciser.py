@@ -28,8 +28,9 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 HEADER = struct.Struct("<8sQQQ")
@@ -153,6 +154,21 @@ def _lines(path: Path) -> Iterator[list[str]]:
 def completions(path: Path) -> list[int]:
     """The moments (CLOCK_MONOTONIC, ns) at which operations of a log completed, in order."""
     return sorted(int(line[-1]) for line in _lines(path) if line[0] in "ARF")
+
+
+def pauses(completed: Sequence[int], kills: Sequence[int]) -> list[float]:
+    """For each kill (ns), the seconds from it to the end of the longest gap between completions that followed it.
+
+    A reply that was on its way at the kill does not end a pause, so the gap counts, not the next completion.
+    """
+    found = []
+    for kill, until in pairwise([*kills, kills[-1] + 10**10]):
+        later = [at for at in completed if kill < at < until]
+        gaps = [(after - before, after) for before, after in pairwise([kill, *later])]
+        if not gaps:
+            raise Difference("nothing completed between a kill and the next")
+        found.append((max(gaps)[1] - kill) / 1e9)
+    return found
 
 
 def verify(image: Path, log: Path, *, after: str = "acknowledged") -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.exerciser import Difference, Oracle, completions, main, pattern, verify
+from tests.exerciser import Difference, Oracle, completions, main, pattern, pauses, verify
 from tests.qemu.guest import cpio_newc, lines_with
 
 
@@ -122,3 +122,8 @@ def test_after_a_power_cut_only_synced_writes_supersede(tmp_path: Path) -> None:
             else:
                 with pytest.raises(Difference):
                     verify(image, log, after=after)
+
+
+def test_a_pause_ends_with_the_longest_gap() -> None:
+    milliseconds = [0, 1, 2, 3, 400, 401, 402, 2000, 2001]
+    assert pauses([at * 10**6 for at in milliseconds], [1_500_000, 401_500_000]) == pytest.approx([0.3985, 1.5985])

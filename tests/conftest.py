@@ -1,0 +1,30 @@
+"""What all tests share: the options, and which tests a machine cannot run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=2, help="SIGKILLs of the daemon in each test of tests/crash/test_kills.py"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a mount are skipped where there can be none; .ci/run allows no such skip where there can."""
+    if Path("/dev/fuse").exists() and os.geteuid() == 0:
+        return
+    skip = pytest.mark.skip(reason="needs /dev/fuse and root")
+    for item in items:
+        if item.get_closest_marker("fuse"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    number: int = request.config.getoption("--kills")
+    return number
