@@ -1,4 +1,4 @@
-"""A real guest on an imported image, through the mount: it boots, writes, trims, and its file system is clean afterwards."""
+"""A real guest on an imported image, through the mount: boots, writes, trims, and leaves a clean file system."""
 
 from __future__ import annotations
 
