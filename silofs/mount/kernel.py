@@ -88,7 +88,7 @@ def absolute(path: Path) -> Path:
     parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - resolve() would ask the mount itself
     found = Path(os.path.realpath(parent)) / name
     try:
-        link = os.readlink(found)
+        link = found.readlink()
     except OSError:
         return found
     return Path(os.path.realpath(found.parent / link))
