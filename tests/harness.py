@@ -1,11 +1,7 @@
-"""Real mounts for tests: a holder and its daemon in processes of their own, and nothing left behind.
+"""One store and its mount, served by the shipped command from processes of their own.
 
-    with Mount(tmp_path) as mount:
-        mount.create("vm1", 1 << 30)
-        fd = os.open(mount.image("vm1"), os.O_RDWR)
-        mount.kill_daemon()
-
-Nothing here sleeps to let something happen: `wait` polls a condition up to a deadline.
+A test never touches its mount from the process that serves it: that would deadlock. Leaving the context unmounts, and
+ends what does not end by itself, by pid.
 """
 
 from __future__ import annotations
@@ -14,202 +10,159 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-from silofs.mount import kernel, launcher
-
-T = TypeVar("T")
-DEADLINE_S = 20.0
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def why_not() -> str | None:
-    """Why no real mount can be made on this machine; None if one can."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "/dev/fuse cannot be opened"
-    if os.geteuid() != 0:
-        return "the tests of the mount run as root"
-    return None
+class Failed(AssertionError):
+    """A verb exited with an error; `code` is its exit code."""
 
-
-def wait(condition: Callable[[], T | None], what: str, *, timeout_s: float = DEADLINE_S) -> T:
-    """The first true value of `condition`; AssertionError naming `what` after the deadline."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.005)
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Mount:
-    """One store, mounted. Everything lives below `base`: store, mountpoint and log."""
+    """A context manager: starts on entry, unmounts on leaving. The store outlives `stop`, for a `start` after it.
 
-    def __init__(
-        self,
-        base: Path,
-        *,
-        name: str = "a",
-        options: str = "",
-        listen: str | None = None,
-        daemon: str = "silofs.daemon",
-        env: dict[str, str] | None = None,
-    ) -> None:
-        self.store = base / f"{name}-store"
-        self.path = base / f"{name}-mount"
-        self._options, self._listen, self._daemon = options, listen, daemon
-        self._env = env or {}
-        self.holder_pid = 0
-        self._daemons: set[int] = set()
+    `directory` gets `store/` and `mount/`. `listen` opens a port for peers on 127.0.0.1. `environment` is added to that
+    of holder and daemon (SILOFS_FAIL, for one).
+    """
 
-    # Life
-
-    def start(self) -> Mount:
-        """Make the store if there is none, and mount it."""
-        from silofs.layers.store import Store
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.store / "lock").exists():
-            Store.create(self.store)
-        command = launcher.command(
-            self.store, self.path, options=self._options, listen=self._listen, daemon=self._daemon
-        )
-        with _environment({"PYTHONPATH": str(Path(__file__).parent.parent), **self._env}):
-            self.holder_pid = launcher.start(command, self.store)
-        return self
-
-    def stop(self) -> None:
-        """Unmount as umount(8) does, and wait until holder and daemon have committed and are gone."""
-        kernel.unmount(str(self.path), lazy=False)
-        assert launcher.wait_gone(self.holder_pid, timeout_s=DEADLINE_S), "the holder did not end:\n" + self.log()
-        self.holder_pid = 0
-
-    def destroy(self) -> None:
-        """End whatever is left, however broken. Safe to call at any time."""
-        about = launcher.holder_state(self.store) or {}
-        pids = {self.holder_pid, int(about.get("holder_pid") or 0), *self._daemons, int(about.get("daemon_pid") or 0)}
-        pids |= set(_children(self.holder_pid))
-        for pid in pids - {0}:
-            if _is_ours(pid, self.store):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                launcher.wait_gone(pid, timeout_s=DEADLINE_S)
-        for mounted in kernel.mounts():
-            if mounted.mountpoint == str(self.path):
-                kernel.unmount(str(self.path), lazy=True)
-        self.holder_pid = 0
+    def __init__(self, directory: Path, *, listen: bool = False, environment: Mapping[str, str] | None = None) -> None:
+        self.store = directory / "store"
+        self.mountpoint = directory / "mount"
+        self.address = f"127.0.0.1:{_free_port()}" if listen else None
+        self.environment = {**os.environ, **(environment or {}), "SILOFS_STORE": str(self.store)}
+        self.mountpoint.mkdir(parents=True, exist_ok=True)
+        self._holder = 0
 
     def __enter__(self) -> Mount:
-        try:
-            return self.start()
-        except BaseException:
-            self.destroy()
-            raise
+        self.start()
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self.holder_pid and self.is_mounted:
+            if os.path.ismount(self.mountpoint):
                 self.stop()
+        except Failed:
+            if kind is None:
+                raise
         finally:
-            self.destroy()
+            self._end()
 
-    # What it is doing
+    def start(self, *options: str) -> None:
+        """`silofs mount`: returns when the mount answers."""
+        listen = ("--listen", self.address) if self.address else ()
+        self._holder = int(self.silofs_json("mount", *listen, *options, str(self.mountpoint))["holder_pid"])
+
+    def stop(self) -> None:
+        """`silofs umount`: returns when everything is committed. Failed while files are open."""
+        self.silofs("umount", str(self.mountpoint))
 
     def status(self) -> dict[str, Any]:
-        """What the holder says of itself: state, holder_pid, daemon_pid, restarts, last_exit."""
-        about = launcher.holder_state(self.store)
-        assert about is not None, "there is no holder:\n" + self.log()
-        if about["daemon_pid"]:
-            self._daemons.add(about["daemon_pid"])
-        return about
-
-    def silofs(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run the command line against this store."""
-        done = subprocess.run(
-            [sys.executable, "-m", "silofs.cli.main", *words, "--store", str(self.store)],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S * 3,
-        )
-        assert not check or done.returncode == 0, f"silofs {' '.join(words)}: {done.returncode}\n{done.stderr}"
-        return done
-
-    def ask(self, *words: str) -> dict[str, Any]:
-        """The same with --json; its last line."""
-        out = self.silofs(*words, "--json").stdout
-        found = json.loads(out.strip().splitlines()[-1])
-        assert isinstance(found, dict)
-        return found
-
-    def log(self) -> str:
-        try:
-            return (self.store / launcher.LOG_FILE).read_text()
-        except FileNotFoundError:
-            return ""
-
-    @property
-    def is_mounted(self) -> bool:
-        return any(mounted.mountpoint == str(self.path) for mounted in kernel.mounts())
-
-    def image(self, name: str) -> Path:
-        return self.path / f"{name}.img"
-
-    def create(self, name: str, size: int) -> Path:
-        """A new volume of `size` bytes, made through the mount."""
-        path = self.image(name)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
-        return path
-
-    # What is done to it
+        return self.silofs_json("status")
 
     def kill_daemon(self, number: int = signal.SIGKILL) -> int:
-        """Send a signal to the daemon that serves; its pid."""
-        pid = wait(lambda: self.status()["state"] == "serving" and self.status()["daemon_pid"], "a daemon serves")
+        """Send a signal to the daemon that serves now; returns its pid."""
+        pid = int(self.status()["daemon_pid"])
         os.kill(pid, number)
-        return int(pid)
+        return pid
 
-    def wait_served(self, *, not_by: int = 0) -> int:
-        """Wait until a daemon other than `not_by` serves; its pid."""
+    def kill_host(self) -> None:
+        """What a power cut leaves of the processes: nothing. The mount is gone, what was not committed is lost."""
+        status = self.status()
+        for role in ("holder_pid", "daemon_pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(status[role]), signal.SIGKILL)
+        self._end()
 
-        def serving() -> int | None:
-            about = self.status()
-            served = about["state"] == "serving" and about["daemon_pid"] != not_by
-            return int(about["daemon_pid"]) if served else None
+    def image(self, volume: str) -> Path:
+        return self.mountpoint / f"{volume}.img"
 
-        return wait(serving, f"a daemon other than {not_by} serves")
+    def silofs(self, *arguments: str, timeout: float = 120.0) -> str:
+        """Run one verb; its stdout. Failed when it exits with an error."""
+        done = self.run(*arguments, timeout=timeout)
+        if done.returncode != 0:
+            said = f"silofs {' '.join(arguments)} exited {done.returncode}: {done.stdout}{done.stderr}"
+            raise Failed(f"{said}\nlog: {self.log()[-3000:]}", done.returncode)
+        return done.stdout
+
+    def silofs_json(self, *arguments: str, timeout: float = 120.0) -> dict[str, Any]:
+        """Run one verb with --json; the last object that it printed."""
+        result: dict[str, Any] = json.loads(self.silofs(*arguments, "--json", timeout=timeout).splitlines()[-1])
+        return result
+
+    def run(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run one verb, whatever it exits with."""
+        return subprocess.run(
+            [Path(sys.executable).parent / "silofs", *arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def log(self) -> str:
+        """What holder and daemons have logged so far."""
+        path = self.store / "silofs.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def pair(self, other: Mount) -> str:
+        """Pair with `other` and let each take in every volume of its peer; the other's name here."""
+        token = self.silofs_json("peer", "invite")["token"]
+        self_there = other.silofs_json("peer", "join", token)["name"]
+        other.silofs("peer", "allow", self_there, "*", "in")
+        other_here: str = self.silofs_json("peer", "ls")["peers"][0]["name"]
+        self.silofs("peer", "allow", other_here, "*", "in")
+        return other_here
+
+    def _end(self) -> None:
+        """Take the mount away and end the holder, if they are still there."""
+        for _ in range(3):
+            if os.path.ismount(self.mountpoint) or _disconnected(self.mountpoint):
+                subprocess.run(["umount", "--lazy", self.mountpoint], check=False, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 5
+        while _is_holder_of(self._holder, self.store) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if _is_holder_of(self._holder, self.store):
+            os.kill(self._holder, signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def _environment(extra: dict[str, str]) -> Iterator[None]:
-    before = os.environ.copy()
-    os.environ.update(extra)
+def until(happened: Callable[[], object], what: str, timeout: float = 30.0) -> None:
+    """Wait until `happened()` is true; an AssertionError that says `what` when it is not in time."""
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline, f"not in {timeout:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+def _disconnected(path: Path) -> bool:
     try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        path.stat()
     except OSError:
-        return []
+        return True
+    return False
 
 
-def _is_ours(pid: int, store: Path) -> bool:
-    """The process is a holder or daemon of this store, and not one that got its pid since."""
+def _is_holder_of(pid: int, store: Path) -> bool:
     try:
-        return os.fsencode(store) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return pid > 0 and str(store).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
