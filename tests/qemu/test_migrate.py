@@ -7,7 +7,6 @@ switched over, and `migrate-continue` lets B's guest go on.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
