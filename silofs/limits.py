@@ -29,11 +29,16 @@ LOG_RECORD_MAX = 1 * MIB + 4096  # bytes of payload in one record
 COMMIT_BYTES = 16 * MIB  # a background commit starts at this much pending
 COMMIT_AGE_S = 2.0  # or at this age of the oldest pending record
 COMMIT_LEAVES = 4096  # or at this many leaves touched
+COMMIT_RETRY_S = 1.0  # after a commit failed
+ADMIT_BYTES = 4 * MIB  # writes are admitted against space asked for in such steps
 HANDLES_MAX = 4096  # open handles per mount
 
 # Caches
 RESOLVED_LEAVES = 8192  # resolved leaves kept, 4 KiB each: 32 MiB, covers 16 GiB of hot volume
 READ_THREADS = 8  # cold reads in flight
+WARM_OBJECTS = 65536  # objects believed to be in memory, 124 KiB of pages each: 8 GiB
+WARM_S = 30.0  # what nobody read for this long may have left the page cache: a thread touches it first
+FETCHED_PAGES = 2048  # pages that came from a peer and are not in the store yet: 8 MiB
 
 # FUSE
 FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another (FACTS.md)
@@ -53,7 +58,11 @@ DRAIN_S = 10.0  # a daemon told to stop finishes the requests that it has read w
 STANDBY_S = 1.0  # after a daemon began to serve, its successor's interpreter is started
 
 # The control socket
-CONTROL_LINE_BYTES_MAX = 1 * MIB
+CONTROL_LINE_BYTES_MAX = 1 * MIB  # of a request
+CONTROL_CONNECTIONS_MAX = 64  # at a time; each is one command
+CONTROL_REQUEST_S = 10.0  # a connection that has not sent its request by then is closed
+CONTROL_FDS_MAX = 4  # files that may come with one request
+HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
 
 # Peers and migration
 FRAME_BYTES_MAX = 2 * MIB  # one frame on the wire, checked before allocation
@@ -69,10 +78,6 @@ PAUSE_BUDGET_S = 0.3  # pre-copy rounds end when the rest fits
 ROUNDS_MAX = 30
 RETAIN_S = 3600.0  # a retired copy is kept this long
 BULK_WINDOW_BYTES = 16 * MIB  # sent and not yet durable at the peer
-CONTROL_CONNECTIONS_MAX = 64  # at a time; each is one command
-CONTROL_REQUEST_S = 10.0  # a connection that has not sent its request by then is closed
-CONTROL_FDS_MAX = 4  # files that may come with one request
-HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
 
 # The migration protocol (docs/protocol.md); each bounds what one decoded message can hold
 GROUP_MAX = 64  # volumes in one migration
@@ -85,6 +90,7 @@ PULL_PAGES = 256  # pages in one PULL (1 MiB): the unit of credit
 PULLS_MAX = 1024  # demand and hint PULLs that wait at most
 HELLO_VOLUMES_MAX = 16384  # volumes in a HELLO
 REPEAT_S = 5.0  # an unanswered message is sent again after this long
+PULL_STALL_S = 30.0  # with pages asked for and none arriving for this long, they are asked for again
 PREPARE_S = 5.0  # PREPARE is given up after this long, and a round follows
 FREEZE_TRIES_MAX = 5  # freezes that end in a thaw before the migration gives up
 CLOSING_ROUND_S = 0.5  # a switch-over on command needs a round that was sealed no longer ago than this

@@ -1,0 +1,77 @@
+"""Talking to the daemon of a store over its control socket, in plain blocking sockets.
+
+One request line goes out, with files as SCM_RIGHTS where the verb takes some; lines come back until a result or an
+error. Closing the connection is how a client takes its request back.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from silofs.errors import SiloError, TryAgain, error_of
+from silofs.sockets import CONTROL, short_path
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def connect(store: Path) -> socket.socket | None:
+    """The daemon of this store, or None when nobody listens. Raises PermissionError for another user's store."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with short_path(store / CONTROL) as path:
+            sock.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def request(
+    sock: socket.socket,
+    verb: str,
+    args: dict[str, Any],
+    *,
+    fds: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The result of one verb. Raises what the daemon raised, and TryAgain when it went away without an answer."""
+    line = json.dumps({"verb": verb, "args": args}).encode() + b"\n"
+    try:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        sent = sock.sendmsg([line], ancillary)
+        sock.sendall(line[sent:])
+        with sock.makefile("rb") as lines:
+            for answer in lines:
+                if not answer.endswith(b"\n"):
+                    break
+                fields = json.loads(answer)
+                kind = fields.pop("type", None)
+                if kind == "result":
+                    return dict(fields)
+                if kind == "error":
+                    raise error_from(fields)
+                if progress is not None:
+                    progress(fields)
+    except (ConnectionError, ValueError) as error:
+        raise _gone() from error
+    raise _gone()
+
+
+def _gone() -> TryAgain:
+    return TryAgain(
+        "the daemon went away before it answered", hint="look with silofs ls or silofs status whether it was done"
+    )
+
+
+def error_from(fields: dict[str, Any]) -> SiloError:
+    """The error class of a `code`, with the daemon's own message and hint."""
+    code = str(fields.get("code"))
+    return error_of(code)(str(fields.get("message", code)), hint=str(fields.get("hint") or ""))

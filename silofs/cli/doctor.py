@@ -1,0 +1,147 @@
+"""What `silofs doctor` looks at: the kernel, the tools and the store's file system, and what it costs where one lacks.
+
+A check is a dict of name, status (ok, warning, failed), message and hint. `failed` means that a mount cannot work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from silofs import limits
+from silofs.cli.sizes import show_size
+
+Finding = dict[str, str]
+
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "ocfs2", "gfs2", "lustre"}
+COPY_ON_WRITE = {"btrfs", "zfs", "bcachefs", "f2fs", "nilfs2"}
+
+
+def examine(store: Path) -> list[Finding]:
+    return [*_kernel(), *_fuse(), *_tools(), *_extension(), *_store(store)]
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The worst status of all."""
+    found = {finding["status"] for finding in findings}
+    return next(status for status in ("failed", "warning", "ok") if status in found)
+
+
+def text(findings: Sequence[Finding]) -> str:
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding['status']:8}{finding['message']}")
+        if finding["hint"] and finding["status"] != "ok":
+            lines.append(f"{'':8}  {finding['hint']}")
+    return "\n".join(lines)
+
+
+def _say(name: str, status: str, message: str, hint: str = "") -> Finding:
+    return {"name": name, "status": status, "message": message, "hint": hint}
+
+
+def _kernel() -> Iterator[Finding]:
+    release = platform.release()
+    found = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if version >= (6, 9):
+        yield _say("kernel", "ok", f"Linux {release}")
+    else:
+        costs = "requests in flight when the daemon dies get an error instead of a pause"
+        yield _say("kernel", "warning", f"Linux {release}: {costs}", "use Linux 6.9 or later")
+
+
+def _fuse() -> Iterator[Finding]:
+    device = Path("/dev/fuse")
+    if not device.exists():
+        yield _say("dev_fuse", "failed", "/dev/fuse is missing: nothing can be mounted", "modprobe fuse")
+    elif not os.access(device, os.R_OK | os.W_OK):
+        yield _say(
+            "dev_fuse", "failed", "/dev/fuse cannot be opened by this user", "mount as root, or let this user in"
+        )
+    else:
+        yield _say("dev_fuse", "ok", "/dev/fuse can be opened")
+    if importlib.util.find_spec("pyfuse3") is None:
+        yield _say("pyfuse3", "failed", "pyfuse3 is not installed: nothing can be mounted", "pip install pyfuse3")
+    helper = shutil.which("fusermount3")
+    if helper:
+        yield _say("fusermount3", "ok", f"fusermount3 is {helper}")
+    elif os.geteuid() != 0:
+        yield _say("fusermount3", "failed", "fusermount3 is missing: only root can mount", "install fuse3")
+    else:
+        yield _say("fusermount3", "ok", "fusermount3 is missing; root mounts without it")
+
+
+def _tools() -> Iterator[Finding]:
+    found = shutil.which("qemu-img")
+    if found:
+        yield _say("qemu_img", "ok", f"qemu-img is {found}")
+    else:
+        costs = "qemu-img is missing: only raw images can be imported and exported"
+        yield _say("qemu_img", "warning", costs, "install it (Debian: qemu-utils)")
+
+
+def _extension() -> Iterator[Finding]:
+    package = importlib.util.find_spec("silofs.mount")
+    places = list(package.submodule_search_locations or ()) if package is not None else []
+    if any(found for place in places for found in Path(place).glob("*.so")):
+        yield _say("extension", "ok", "the C extension is built")
+    else:
+        costs = (
+            "without the C extension a guest's discard frees nothing, holes cannot be seen, locks stay in the kernel, "
+            "and writes with RWF_DSYNC or on handles opened before are not made durable at once"
+        )
+        yield _say("extension", "warning", costs, "guests that flush (all usual ones do) lose nothing by it")
+
+
+def _store(store: Path) -> Iterator[Finding]:
+    place = store
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place == store:
+        mode = stat.S_IMODE(store.stat().st_mode)
+        if mode & 0o077:
+            shown = f"{store} can be entered by other users (mode {mode:o})"
+            yield _say("store_mode", "warning", shown, f"chmod 700 {store}")
+        else:
+            yield _say("store_mode", "ok", f"the store is {store}")
+    else:
+        yield _say("store_mode", "ok", f"there is no store in {store} yet")
+    kind = file_system(place)
+    if kind in NETWORK:
+        yield _say(
+            "file_system", "failed", f"{kind} is a network file system: the store cannot be on it", "use a local disk"
+        )
+    elif kind in COPY_ON_WRITE:
+        costs = f"{kind} cannot hold space: a write may be acknowledged that finds the disk full at its commit"
+        yield _say("file_system", "warning", costs, "use ext4 or xfs, or keep the disk from filling up")
+    elif kind in ("tmpfs", "ramfs"):
+        yield _say("file_system", "warning", f"the store is on {kind}: a power cut takes all of it", "use a local disk")
+    else:
+        yield _say("file_system", "ok", f"the store is on {kind or 'an unknown file system'}")
+    space = os.statvfs(place)
+    free = space.f_bavail * space.f_frsize
+    if free < 4 * limits.SPACE_FLOOR_BYTES:
+        hint = "make room: writes stop with ENOSPC before the last of it is used"
+        yield _say("free_space", "warning", f"only {show_size(free)} free for the store", hint)
+    else:
+        yield _say("free_space", "ok", f"{show_size(free)} free")
+
+
+def file_system(path: Path) -> str | None:
+    """The type of the file system that `path` is on, by the longest mount point above it (proc_pid_mountinfo(5))."""
+    real = str(path.resolve())
+    best, kind = "", None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4].encode("utf-8", "surrogateescape").decode("unicode_escape", "surrogateescape")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, after.split(" ")[0]
+    return kind

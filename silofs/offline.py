@@ -1,0 +1,83 @@
+"""The verbs on a store that nobody serves: this process opens it, under its lock, for as long as the verb takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from silofs import images, verbs
+from silofs.errors import NoDaemon, UserError
+from silofs.layers.store import Store
+
+Fields = dict[str, Any]
+Progress = Callable[[Fields], None]
+
+
+def init(path: Path) -> Fields:
+    """Make a store and its identity. Raises Exists, and OSError where no directory can be made."""
+    from silofs.peers import identity
+
+    Store.create(path)
+    made = identity.ensure(path)
+    with contextlib.closing(Store.open(path)) as store:
+        uuid = store.uuid.hex()
+    return {"store": str(path), "uuid": uuid, "fingerprint": made.fingerprint.hex()}
+
+
+def open_store(path: Path) -> Store:
+    """The store, locked; to be closed. Raises NoStore, StoreLocked, BadFormat."""
+    return Store.open(path)
+
+
+def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progress: Progress | None = None) -> Fields:
+    """One verb, as Service.call does it in the daemon."""
+    view = verbs.View(store.path)
+    report = progress or _silent
+    if verb in verbs.READS:
+        reader = store.reader()
+        try:
+            return verbs.READS[verb](reader, args, view)
+        finally:
+            reader.close()
+    if verb in verbs.WRITES:
+        return store.write(lambda txn: verbs.WRITES[verb](txn, args, view))
+    if verb == "import":
+        store.write(images.reap)
+        return _import(store, args, view, _one(fds), report)
+    if verb == "export":
+        return _export(store, args, _one(fds), report)
+    if verb == "check":
+        return verbs.check(store, args, report)
+    raise NoDaemon(f"{verb} needs the daemon")
+
+
+def _import(store: Store, args: Fields, view: verbs.View, fd: int, progress: Progress) -> Fields:
+    loaded = images.load(store, fd, verbs.optional_size(args, "size"), progress=progress)
+    try:
+        return store.write(lambda txn: verbs.adopt(txn, args, view, loaded))
+    except BaseException:
+        images.drop(store, loaded.layer, loaded.holder)
+        raise
+
+
+def _export(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
+    # Nobody writes meanwhile: the head can be read as it is.
+    reader = store.reader()
+    try:
+        layer, size, total = verbs.exported(reader, args)
+    finally:
+        reader.close()
+    written = images.unload(store, layer, size, fd, total=total, progress=progress)
+    return {"size": size, "bytes_written": written}
+
+
+def _one(fds: Sequence[int]) -> int:
+    if len(fds) != 1:
+        raise UserError("this verb takes one open file")
+    return fds[0]
+
+
+def _silent(_: Fields) -> None:
+    pass
