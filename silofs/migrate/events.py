@@ -17,7 +17,6 @@ from silofs.migrate.messages import (
     Hello,
     MapPart,
     MigrationMessage,
-    Offer,
     Offered,
     Priority,
     Refusal,
@@ -89,7 +88,8 @@ class OperatorResume(Event, frozen=True):
 
 
 class Sealed(Event, frozen=True):
-    """Answer to `Seal`: durable layers. `segments`: the new ones of all volumes, parents before children."""
+    """Answer to `Seal`: durable layers. `segments`: the new ones of all volumes, parents before children, each volume's
+    newly sealed head last of its own."""
 
     token: int
     segments: tuple[Segment, ...]
@@ -245,10 +245,12 @@ class Commit(Action, frozen=True):
     """One synced transaction: all of it or nothing; answered by `Committed` or `CommitFailed`.
 
     Contains: `ownership` records; this machine's migration `record` (None: unchanged); `drop`: migration records to
-    delete (on `Committed` the shell also drops the machines of *other* migrations named there); `maps` of segments of
-    `record` (a segment's layer is created if it is not there; then `put_map`). An INCOMING record creates the volume
-    (its name visible, not writable), an OWNER one puts a head on each of `record.heads`, takes size and snapshots from
-    `record`, and renames to `name.N` where the name was taken meanwhile; NONE from INCOMING deletes the volume's name.
+    delete (on `Committed` the shell also drops the machines of *other* migrations named there). Target: a `record`
+    creates the layers of its segments that are not there, and deletes those of the record it replaces that it has no
+    more (a segment is the same iff uuid and parent are); then `maps` go into them. An INCOMING record creates the
+    volume (its name visible, not writable); an OWNER one puts a head on each of `record.heads`, takes size and
+    snapshots from `record`, and renames to `name.N` where the name was taken meanwhile; NONE from INCOMING deletes the
+    volume's name.
     `rewrite`: an earlier commit of this may or may not be on disk: reopen the store first, write whatever it shows.
     Before `Committed` the shell sets the engine's gate of each volume to its role; after a failure it leaves it shut.
     """
@@ -371,11 +373,16 @@ class Describe(Action, frozen=True):
 class CheckOffer(Action, frozen=True):
     """Name, space, limits, authorisation; and the newest common state of each volume (complete here, and verified).
 
-    RETURN: the base is the layer that was ceded, which must be complete here.
+    RETURN: the base is the layer that was ceded, which must be complete here. `granted`: the source has ceded already
+    and this node knows nothing of it (any more): authorisation and the common states count, name and space do not.
     """
 
     token: int
-    offer: Offer
+    offered: tuple[Offered, ...]
+    volumes: tuple[VolumeEpoch, ...]
+    peer: bytes
+    returning: bool
+    granted: bool
 
 
 class CheckPrepare(Action, frozen=True):

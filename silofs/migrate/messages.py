@@ -227,6 +227,7 @@ class Grant(Message, frozen=True, tag="grant"):
     heads: Annotated[tuple[Base, ...], Meta(max_length=limits.GROUP_MAX)]  # per volume: uuid of its final layer
     snapshots: Snapshots
     maps: Annotated[tuple[MapPart, ...], Meta(max_length=limits.GROUP_MAX)]
+    returning: bool
 
 
 class Cancelled(Message, frozen=True, tag="cancelled"):

@@ -136,9 +136,12 @@ def forgotten(record: Ownership) -> Ownership:
     return _changed(record, replace(record, role=Role.NONE, offered_epoch=0, peer=b"", migration=b""))
 
 
-def ceded(record: Ownership, migration: bytes, peer: bytes, last_lsn: int) -> Ownership:
-    """The commit point: the owner gives up, for exactly one peer, at exactly the next epoch."""
-    assert record.role is Role.OWNER and record.migration == migration
+def ceded(record: Ownership, expected: bytes, migration: bytes, peer: bytes, last_lsn: int) -> Ownership:
+    """The commit point: the owner gives up, for exactly one peer, at exactly the next epoch.
+
+    `expected` is the migration that its record names: `migration` itself, of a RETURN the one that it ends.
+    """
+    assert record.role is Role.OWNER and record.migration == expected
     return _changed(
         record,
         replace(record, role=Role.CEDED, epoch=record.epoch + 1, peer=peer, migration=migration, last_lsn=last_lsn),
