@@ -327,7 +327,8 @@ class TargetMachine(Machine):
             return
         if self.state not in (State.NEW, State.INCOMING):
             return  # RECORDING and so on: it is repeated
-        if all((self.ownership[v.uuid].role, self.ownership[v.uuid].epoch) == (Role.OWNER, v.epoch) for v in self.volumes):
+        held = [(owner.role, owner.epoch) for owner in self.ownership.values()]
+        if held == [(Role.OWNER, volume.epoch) for volume in self.volumes]:
             self._send(ms.Ack(*self._header))
             self._finish(Phase.COMPLETE, None)
             return
