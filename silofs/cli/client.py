@@ -7,6 +7,7 @@ error. Closing the connection is how a client takes its request back.
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -46,8 +47,9 @@ def request(
     line = json.dumps({"verb": verb, "args": args}).encode() + b"\n"
     try:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        sent = sock.sendmsg([line], ancillary)
-        sock.sendall(line[sent:])
+        with contextlib.suppress(BrokenPipeError):  # it refused us before it heard us: its reason can be read
+            sent = sock.sendmsg([line], ancillary)
+            sock.sendall(line[sent:])
         with sock.makefile("rb") as lines:
             for answer in lines:
                 if not answer.endswith(b"\n"):

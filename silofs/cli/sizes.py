@@ -24,8 +24,9 @@ def parse_bytes(text: str) -> int:
         raise BadSize(f"{text!r} is no size")
     whole, part, prefix, unit, _ = found.groups()
     base = 1000 if unit is not None and unit.lower() == "b" else 1024
-    scaled: int = int(whole + (part or "")) * (base ** _POWER[prefix.lower()] if prefix else 1)
-    value, rest = divmod(scaled, 10 ** len(part or ""))
+    factor: int = base ** _POWER[prefix.lower()] if prefix else 1
+    parts: int = 10 ** len(part or "")
+    value, rest = divmod(int(whole + (part or "")) * factor, parts)
     if rest:
         raise BadSize(f"{text!r} is not a whole number of bytes")
     return value
