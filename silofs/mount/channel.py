@@ -95,11 +95,11 @@ class Channel:
     def receive(self) -> Message | None:
         """The next message, or None when the other end is closed."""
         try:
-            packet, fds, _flags, _address = socket.recv_fds(
-                self._sock, PACKET_BYTES_MAX, FDS_MAX, socket.MSG_CMSG_CLOEXEC
-            )
+            packet, fds, _flags, _address = socket.recv_fds(self._sock, PACKET_BYTES_MAX, FDS_MAX)
         except ConnectionError:
             return None
+        for fd in fds:
+            os.set_inheritable(fd, False)
         if not packet:
             return None
         return decode(packet, fds)
