@@ -98,8 +98,8 @@ class Oracle:
         for at in range(0, len(data), self.unit_bytes):
             self.check(first + at // self.unit_bytes, data[at : at + self.unit_bytes], started)
 
-    def check(self, unit: int, data: memoryview, started: int = OPEN - 1, *, synced: int = OPEN) -> None:
-        """Difference unless some write explains `data`, read no earlier than `started`.
+    def check(self, unit: int, data: memoryview, started: int = OPEN - 1, *, synced: int = OPEN) -> int:
+        """The number of the write that `data` shows, read no earlier than `started`; Difference when none explains it.
 
         `synced` bounds what can supersede: writes acknowledged before that point in the order of events.
         """
@@ -110,7 +110,7 @@ class Oracle:
                 continue
             bound = min(started, synced)
             if not any(write.acknowledged < later.issued and later.acknowledged < bound for later in history):
-                return
+                return found
         known = ", ".join(f"{w.sequence}{'z' if w.zeroes else ''}[{w.issued}-{w.acknowledged}]" for w in history)
         raise Difference(f"unit {unit} holds write {found}, read from {started} on; legal are among {known}")
 
@@ -171,8 +171,15 @@ def pauses(completed: Sequence[int], kills: Sequence[int]) -> list[float]:
     return found
 
 
-def verify(image: Path, log: Path, *, after: str = "acknowledged") -> int:
-    """Compare every unit of `image` with the log; returns how many units had been written. Raises Difference."""
+def verify(
+    image: Path, log: Path, *, after: str = "acknowledged", before_ns: int = OPEN, in_order: bool = False
+) -> int:
+    """Compare every unit of `image` with the log; returns how many units had been written. Raises Difference.
+
+    after: what must not be lost: what was `acknowledged`, or what was `synced` by an fsync acknowledged before
+    `before_ns`. in_order: the log is that of one thread that zeroed nothing, and all units together have to be as they
+    were at one moment of it: a prefix of its writes.
+    """
     lines = _lines(log)
     header = next(lines)
     oracle = Oracle(int(header[1]), int(header[2]))
@@ -189,8 +196,9 @@ def verify(image: Path, log: Path, *, after: str = "acknowledged") -> int:
         elif kind == "A":
             oracle.counter, sequence = values[:2]
             writes[sequence].acknowledged = oracle.counter
-        elif kind == "F" and after == "synced":
+        elif kind == "F" and after == "synced" and values[1] < before_ns:
             synced = max(synced, values[0])
+    found: dict[int, int] = {}
     with image.open("rb") as file:
         file.seek(offset)
         for start in range(offset, offset + size, REQUEST_MAX):
@@ -199,7 +207,15 @@ def verify(image: Path, log: Path, *, after: str = "acknowledged") -> int:
                 raise Difference(f"the file ends at {start + len(data)} and not at {offset + size}")
             for at in range(0, len(data), oracle.unit_bytes):
                 unit = (start + at) // oracle.unit_bytes
-                oracle.check(unit, data[at : at + oracle.unit_bytes], synced=synced)
+                found[unit] = oracle.check(unit, data[at : at + oracle.unit_bytes], synced=synced)
+    if in_order:
+        newest = max(found.values())
+        for unit, history in oracle.histories.items():
+            expected = max(write.sequence for write in history if write.sequence <= newest)
+            if found[unit] != expected:
+                raise Difference(
+                    f"write {newest} is there, but unit {unit} holds write {found[unit]} and not {expected}"
+                )
     return len(oracle.histories)
 
 

@@ -124,6 +124,19 @@ def test_after_a_power_cut_only_synced_writes_supersede(tmp_path: Path) -> None:
                     verify(image, log, after=after)
 
 
+def test_a_prefix_is_told_from_a_mixture(tmp_path: Path) -> None:
+    image, log = tmp_path / "image", tmp_path / "log"
+    log.write_text(f"H {SEED} {UNIT} 0 {2 * UNIT}\nW 1 1 0 1\nA 2 1 0\nW 3 2 1 1\nA 4 2 0\n")
+    for held, legal in (((0, 0), True), ((1, 0), True), ((1, 2), True), ((0, 2), False)):
+        image.write_bytes(b"".join(content(unit, sequence) for unit, sequence in enumerate(held)))
+        verify(image, log, after="synced")
+        if legal:
+            verify(image, log, after="synced", in_order=True)
+        else:
+            with pytest.raises(Difference, match="write 2 is there, but"):
+                verify(image, log, after="synced", in_order=True)
+
+
 def test_a_pause_ends_with_the_longest_gap() -> None:
     milliseconds = [0, 1, 2, 3, 400, 401, 402, 2000, 2001]
     assert pauses([at * 10**6 for at in milliseconds], [1_500_000, 401_500_000]) == pytest.approx([0.3985, 1.5985])
