@@ -42,12 +42,16 @@ PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, fallocate(2)
 
 @dataclass(slots=True)
 class Write:
-    """One write or zeroing of a run of units; `issued` and `acknowledged` are positions in the order of events."""
+    """One write or zeroing of a run of units, with its positions in the order of events.
+
+    `ended` is where it can no longer take effect: its acknowledgement, or the end of the run that it was lost in.
+    """
 
     sequence: int
     zeroes: bool
     issued: int
     acknowledged: int = OPEN
+    ended: int = OPEN
 
 
 class Difference(AssertionError):
@@ -78,14 +82,14 @@ class Oracle:
 
     def note(self, write: Write, first: int, count: int) -> None:
         for unit in range(first, first + count):
-            history = self.histories.setdefault(unit, [Write(0, True, 0, 0)])
+            history = self.histories.setdefault(unit, [Write(0, True, 0, 0, 0)])
             history.append(write)
             if len(history) > 8:
                 self.histories[unit] = self._live(history)
 
     def acknowledge(self, write: Write) -> None:
         self.counter += 1
-        write.acknowledged = self.counter
+        write.acknowledged = write.ended = self.counter
 
     def begin_read(self, key: int) -> int:
         self.counter += 1
@@ -103,15 +107,15 @@ class Oracle:
 
         `synced` bounds what can supersede: writes acknowledged before that point in the order of events.
         """
-        history = self.histories.get(unit, [Write(0, True, 0, 0)])
+        history = self.histories.get(unit, [Write(0, True, 0, 0, 0)])
         found = self._sequence_of(unit, data)
         for write in history:
             if found != (0 if write.zeroes else write.sequence):
                 continue
             bound = min(started, synced)
-            if not any(write.acknowledged < later.issued and later.acknowledged < bound for later in history):
+            if not any(write.ended < later.issued and later.acknowledged < bound for later in history):
                 return found
-        known = ", ".join(f"{w.sequence}{'z' if w.zeroes else ''}[{w.issued}-{w.acknowledged}]" for w in history)
+        known = ", ".join(f"{w.sequence}{'z' if w.zeroes else ''}[{w.issued}-{w.ended}]" for w in history)
         raise Difference(f"unit {unit} holds write {found}, read from {started} on; legal are among {known}")
 
     def _sequence_of(self, unit: int, data: memoryview) -> int:
@@ -129,14 +133,14 @@ class Oracle:
         """Without the writes that were superseded before the oldest read under way began."""
         oldest = min(self.reads.values(), default=self.counter + 1)
         followed = max((w.issued for w in history if w.acknowledged < oldest), default=0)
-        return [w for w in history if w.acknowledged >= followed]
+        return [w for w in history if w.ended >= followed]
 
 
 class Log:
     """Lines of events; the reader below rebuilds an oracle from them."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def line(self, *fields: object) -> None:
         os.write(self._fd, (" ".join(map(str, fields)) + "\n").encode())
@@ -171,6 +175,35 @@ def pauses(completed: Sequence[int], kills: Sequence[int]) -> list[float]:
     return found
 
 
+def load(log: Path, *, before_ns: int = OPEN) -> tuple[Oracle, int, int, int]:
+    """The oracle at the end of a log, the bytes that it is about (offset, size), and the point in the order of events
+    before which all that was acknowledged was synced by an fsync acknowledged before `before_ns`."""
+    lines = _lines(log)
+    header = next(lines)
+    oracle = Oracle(int(header[1]), int(header[2]))
+    writes: dict[int, Write] = {}
+    synced = 0
+    for kind, *rest in lines:
+        values = [int(text) for text in rest]
+        if kind in "WZ":
+            oracle.counter, oracle.sequence, first, count = values
+            write = writes[oracle.sequence] = Write(oracle.sequence, kind == "Z", oracle.counter)
+            for unit in range(first, first + count):
+                oracle.histories.setdefault(unit, [Write(0, True, 0, 0, 0)]).append(write)
+        elif kind == "A":
+            oracle.counter, sequence, _ = values
+            written = writes.pop(sequence)
+            written.acknowledged = written.ended = oracle.counter
+        elif kind == "C":
+            oracle.counter = values[0]
+            for write in writes.values():
+                write.ended = oracle.counter
+            writes.clear()
+        elif kind == "F" and values[1] < before_ns:
+            synced = max(synced, values[0])
+    return oracle, int(header[3]), int(header[4]), synced
+
+
 def verify(
     image: Path, log: Path, *, after: str = "acknowledged", before_ns: int = OPEN, in_order: bool = False
 ) -> int:
@@ -180,24 +213,9 @@ def verify(
     `before_ns`. in_order: the log is that of one thread that zeroed nothing, and all units together have to be as they
     were at one moment of it: a prefix of its writes.
     """
-    lines = _lines(log)
-    header = next(lines)
-    oracle = Oracle(int(header[1]), int(header[2]))
-    offset, size = int(header[3]), int(header[4])
-    writes: dict[int, Write] = {}
-    synced = 0 if after == "synced" else OPEN
-    for kind, *rest in lines:
-        values = [int(text) for text in rest]
-        if kind in "WZ":
-            oracle.counter, sequence, first, count = values
-            writes[sequence] = Write(sequence, kind == "Z", oracle.counter)
-            for unit in range(first, first + count):
-                oracle.histories.setdefault(unit, [Write(0, True, 0, 0)]).append(writes[sequence])
-        elif kind == "A":
-            oracle.counter, sequence = values[:2]
-            writes[sequence].acknowledged = oracle.counter
-        elif kind == "F" and after == "synced" and values[1] < before_ns:
-            synced = max(synced, values[0])
+    oracle, offset, size, synced = load(log, before_ns=before_ns)
+    if after != "synced":
+        synced = OPEN
     found: dict[int, int] = {}
     with image.open("rb") as file:
         file.seek(offset)
@@ -228,8 +246,20 @@ class Run:
         self.size = options.size or options.file.stat().st_size - options.offset
         self.oracle = Oracle(options.seed, self.unit_bytes)
         self.lock = threading.Lock()
-        self.log = Log(options.log)
-        self.log.line("H", options.seed, self.unit_bytes, options.offset, self.size)
+        if options.go_on:
+            self.oracle, options.offset, self.size, _ = load(options.log)
+            assert self.oracle.unit_bytes == self.unit_bytes, "a run goes on in the mode that it began in"
+            os.truncate(options.log, options.log.read_bytes().rindex(b"\n") + 1)  # a kill may have cut a line
+            self.log = Log(options.log)
+            self.oracle.counter += 1
+            self.log.line("C", self.oracle.counter)
+            for history in self.oracle.histories.values():
+                for write in history:
+                    write.ended = min(write.ended, self.oracle.counter)
+        else:
+            options.log.unlink(missing_ok=True)
+            self.log = Log(options.log)
+            self.log.line("H", options.seed, self.unit_bytes, options.offset, self.size)
         self.done = 0
         self.failure: str | None = None
         self.ended = False
@@ -237,7 +267,7 @@ class Run:
         self.fds = [self._open(options.file)]  # the last one is in use
 
     def work(self, number: int) -> None:
-        rng = random.Random(f"{self.options.seed}/{number}")
+        rng = random.Random(f"{self.options.seed}/{number}/{self.oracle.sequence}")
         buffer = memoryview(mmap.mmap(-1, REQUEST_MAX))
         while self._next():
             used = self.fds[-1]
@@ -299,7 +329,7 @@ class Run:
             self.log.line("W", write.issued, write.sequence, first, count)
         length = count * self.unit_bytes
         buffer[:length] = b"".join(
-            pattern(self.options.seed, unit, write.sequence, self.unit_bytes) for unit in range(first, first + count)
+            pattern(self.oracle.seed, unit, write.sequence, self.unit_bytes) for unit in range(first, first + count)
         )
         done = os.pwritev(self.fds[-1], [buffer[:length]], first * self.unit_bytes)
         if done != length:
@@ -387,6 +417,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     runner.add_argument("--until-stale", action="store_true", help="ESTALE is no fault, only the end")
     runner.add_argument("--then", type=Path, help="where to go on when FILE answers ESTALE: the volume's new home")
     runner.add_argument("--offset", type=int, default=0, help="bytes of the file to leave alone at its start")
+    runner.add_argument("--continue", dest="go_on", action="store_true", help="add to LOG, over what it says is there")
     verifier = verbs.add_parser("verify")
     verifier.add_argument("file", type=Path)
     verifier.add_argument("--log", type=Path, required=True)

@@ -124,6 +124,22 @@ def test_after_a_power_cut_only_synced_writes_supersede(tmp_path: Path) -> None:
                     verify(image, log, after=after)
 
 
+def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
+    image, log = tmp_path / "image", tmp_path / "log"
+    image.write_bytes(bytes(1 << 20))
+    command = ["run", str(image), "--log", str(log), "--mode", "buffered", "--operations", "100"]
+    assert main(command) == 0
+    with log.open("a") as file:  # two writes in flight at a kill, and a line that it cut
+        file.write("W 100001 100001 0 1\nW 100002 100002 1 1\nA 1000")
+    image_bytes = bytearray(image.read_bytes())
+    image_bytes[UNIT : 2 * UNIT] = pattern(1, 1, 100002, UNIT)  # only the second took effect
+    image.write_bytes(image_bytes)
+    assert main([*command, "--continue", "--seed", "9"]) == 0
+    verify(image, log)
+    assert main([*command, "--continue", "--seed", "10"]) == 0
+    verify(image, log)
+
+
 def test_a_prefix_is_told_from_a_mixture(tmp_path: Path) -> None:
     image, log = tmp_path / "image", tmp_path / "log"
     log.write_text(f"H {SEED} {UNIT} 0 {2 * UNIT}\nW 1 1 0 1\nA 2 1 0\nW 3 2 1 1\nA 4 2 0\n")
