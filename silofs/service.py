@@ -27,7 +27,7 @@ REPORT_S = 0.25  # between two progress lines of work that runs in a thread
 CHANGES = frozenset({"snapshot", "rm", "rename", "resize"})
 
 
-class Host(Protocol):
+class Volumes(Protocol):
     """What the service needs of silofs.engine.Engine."""
 
     @property
@@ -41,18 +41,26 @@ class Host(Protocol):
     async def transact(self, fn: Callable[[WriteTxn], T]) -> T: ...
 
 
-class Service:
-    """All verbs of one daemon.
+class Host(Protocol):
+    """What the service needs of the daemon that it is in."""
 
-    facts: what `status` shows beside the volumes: state, mountpoint, daemon_pid, holder_pid, listen, restarts,
-    capabilities, migrations. before_change: awaited before a snapshot, rm, rename or resize of a volume with
-    (verb, name); a migration refuses there (Busy), or ends its attempt.
+    async def restart(self) -> None: ...
+
+    def status(self) -> Fields: ...
+
+
+class Service:
+    """All verbs of one daemon; without a `host` those that work on volumes.
+
+    before_change: awaited before a snapshot, rm, rename or resize of a volume, with (verb, name); a migration refuses
+    there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
     """
 
-    def __init__(self, engine: Host, *, facts: Callable[[], Fields]) -> None:
+    def __init__(self, engine: Volumes, host: Host | None = None) -> None:
+        self.migrations: Callable[[], int] = lambda: 0
         self.before_change: Callable[[str, str], Awaitable[None]] | None = None
         self._engine = engine
-        self._facts = facts
+        self._host = host
         self._loads = 0  # imports and exports under way
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         for verb in verbs.READS:
@@ -60,6 +68,7 @@ class Service:
         for verb in verbs.WRITES:
             self._handlers[verb] = (self._writes(verb), False)
         self.register("status", self._status)
+        self.register("restart", self._restart)
         self.register("sync", self._sync)
         self.register("import", self._import, cancellable=True)
         self.register("export", self._export, cancellable=True)
@@ -84,8 +93,10 @@ class Service:
         return await found[0](args, call)
 
     def _view(self) -> View:
-        mountpoint = self._facts().get("mountpoint")
-        return View(self._engine.store.path, mountpoint, self._engine.open_count)
+        return View(self._engine.store.path, self._about().get("mountpoint"), self._engine.open_count)
+
+    def _about(self) -> Fields:
+        return {} if self._host is None else self._host.status()
 
     def _reads(self, verb: str) -> Handler:
         run = verbs.READS[verb]
@@ -116,7 +127,13 @@ class Service:
     async def _status(self, args: Args, call: Call) -> Fields:
         counted = await self._reads("count")(args, call)
         about = {"store": str(self._engine.store.path), "dirty_bytes": self._engine.dirty_bytes}
-        return {**about, **counted, **self._facts()}
+        return {**about, "migrations": self.migrations(), **counted, **self._about()}
+
+    async def _restart(self, args: Args, call: Call) -> Fields:
+        if self._host is None:
+            raise Unsupported("nobody would start another daemon")
+        await self._host.restart()
+        return {}
 
     async def _sync(self, args: Args, call: Call) -> Fields:
         await self._engine.transact(lambda txn: None)

@@ -142,9 +142,14 @@ class Facts:
         return own * PAGE
 
     def parent(self, volume: Volume, chain: Sequence[Layer]) -> str | None:
-        """The nearest snapshot of another volume below this one's head, as `golden@v1`."""
+        """The nearest snapshot of another volume below this one's head, as `golden@v1`.
+
+        A layer may have several names (a snapshot of a fresh clone names what its source named): the first one counts.
+        """
         for layer in chain[1:]:
-            for other, snapshot in self._named.get(layer.id, ()):
+            named = self._named.get(layer.id)
+            if named:
+                other, snapshot = min(named, key=lambda pair: pair[1].created_ns)
                 if other.uuid != volume.uuid:
                     return f"{other.name}@{snapshot.name}"
         return None

@@ -43,7 +43,7 @@ def request(
     fds: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The result of one verb. Raises what the daemon raised, and TryAgain when it went away without an answer."""
+    """The result of one verb. Raises what the daemon raised, and Gone when it went away without an answer."""
     line = json.dumps({"verb": verb, "args": args}).encode() + b"\n"
     try:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -67,8 +67,12 @@ def request(
     raise _gone()
 
 
-def _gone() -> TryAgain:
-    return TryAgain(
+class Gone(TryAgain):
+    """The connection ended before an answer; the verb may have been done."""
+
+
+def _gone() -> Gone:
+    return Gone(
         "the daemon went away before it answered", hint="look with silofs ls or silofs status whether it was done"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from silofs import __version__, limits
+from silofs.cli.client import Gone
 from silofs.cli.output import App, pairs
 from silofs.cli.runner import call, lock_owner
 from silofs.cli.sizes import show_size
@@ -83,7 +85,8 @@ def restart_command(app: App) -> None:
     """Start the daemon anew, from the program as it is installed now. Running VMs notice a short pause."""
     before = call(app.store, "status", {}, offline=False)
     started = time.monotonic()
-    call(app.store, "restart", {}, offline=False)
+    with contextlib.suppress(Gone):  # the daemon may be gone before its answer is out
+        call(app.store, "restart", {}, offline=False)
     while True:
         try:
             now = call(app.store, "status", {}, offline=False)
