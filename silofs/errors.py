@@ -203,6 +203,12 @@ class Damaged(StoreError):
     default_hint = "silofs check says what else is damaged; restore the volume from a copy or overwrite the range"
 
 
+class ObjectMissing(Damaged):
+    """A reference leads to no object. To an old snapshot that is normal once: renew it, resolve and read again."""
+
+    code = "damaged"
+
+
 class StoreBroken(StoreError):
     """LMDB failed under us and the store is closed to changes until it is reopened and verified (STORE.md 17)."""
 

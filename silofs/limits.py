@@ -34,6 +34,7 @@ ADMIT_BYTES = 4 * MIB  # writes are admitted against space asked for in such ste
 HANDLES_MAX = 4096  # open handles per mount
 
 # Caches
+WRITER_LEAVES = 4096  # leaves of heads that the writer keeps between commits, 4 or 8 KiB each
 RESOLVED_LEAVES = 8192  # resolved leaves kept, 4 KiB each: 32 MiB, covers 16 GiB of hot volume
 READ_THREADS = 8  # cold reads in flight
 WARM_OBJECTS = 65536  # objects believed to be in memory, 124 KiB of pages each: 8 GiB

@@ -7,9 +7,14 @@ covers the table's name and the key, so that a record found in another's place i
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cache
 from typing import TypeVar
 
 import msgspec
+
+from silofs.blocks import pages_for
+from silofs.errors import Damaged
+from silofs.layers.schema import KEY, Buffer, Table, open_record, seal_record
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True):
@@ -17,6 +22,9 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
 
 
 R = TypeVar("R", bound=Record)
+
+UNCOUNTED = -1
+"""Layer.data_pages before anyone asked for it."""
 
 
 class Volume(Record, frozen=True, array_like=True):
@@ -54,8 +62,19 @@ class Layer(Record, frozen=True, array_like=True):
     children: int = 0  # layers whose parent this is
     snapshots: int = 0  # snapshots that name it
     pins: int = 0  # migrations that hold it
-    data_pages: int = 0  # of the chain resolved from here, as in Volume; set when it is sealed or first shown
+    data_pages: int = UNCOUNTED  # of the chain resolved from here, as in Volume; set when it is sealed or first shown
+    depth: int = 1  # layers from here to the base
     doomed: bool = False  # nothing reaches it; its leaves are being removed in bounded steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether the state of every page is known and every page is here and sound."""
+        return self.mapped >= pages_for(self.size) and not self.remote_pages and not self.lost_pages
+
+    @property
+    def referenced(self) -> bool:
+        """Whether anything but a volume's head keeps it."""
+        return bool(self.children or self.snapshots or self.pins)
 
 
 class Snapshot(Record, frozen=True, array_like=True):
@@ -120,3 +139,38 @@ class State(Record, frozen=True, array_like=True):
     lsn: int = 0  # the highest applied one of any volume, deleted ones included
     opens: int = 0
     rows: dict[str, int] = {}  # records per catalog table: what proves that one is not there
+
+
+# Keys and values
+
+
+def layer_key(layer: int) -> bytes:
+    return KEY.pack(layer)
+
+
+def snapshot_key(volume: bytes, name: str) -> bytes:
+    return volume + name.encode()
+
+
+def pin_key(layer: int, holder: str) -> bytes:
+    return KEY.pack(layer) + holder.encode()
+
+
+@cache
+def _decoder(kind: type[R]) -> msgspec.msgpack.Decoder[R]:
+    return msgspec.msgpack.Decoder(kind)
+
+
+def encode(table: Table, key: bytes, record: Record) -> bytes:
+    """The value to store for a record."""
+    return seal_record(table, key, msgspec.msgpack.encode(record))
+
+
+def decode(table: Table, key: bytes, value: Buffer, kind: type[R]) -> R:
+    """The record of a stored value; Damaged when it is not one, or another's."""
+    payload = open_record(table, key, value)
+    try:
+        record: R = _decoder(kind).decode(payload)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"record {key.hex()} of table {table.name} cannot be read: {error}") from error
+    return record

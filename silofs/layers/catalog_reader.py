@@ -1,0 +1,224 @@
+"""The catalog as one transaction sees it: volumes, snapshots, layers, ownership.
+
+LMDB can lose a key silently when a page of it is damaged. So a record that something names and that is not there is
+damage; and where nothing names it, "there is none" is said only after the table's records were counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import lmdb
+import numpy as np
+
+from silofs.blocks import pages_for
+from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume
+from silofs.layers import catalog, schema
+from silofs.layers.catalog import Layer, Ownership, R, Snapshot, State, Volume
+from silofs.layers.environment import Environment
+from silofs.layers.schema import Table
+
+NO_FLOOR: Final = 1 << 62
+
+
+class CatalogReader:
+    """Look-ups over one LMDB transaction, with what was read of layers kept as long as it."""
+
+    def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview] | None = None) -> None:
+        self._environment = environment
+        self._begin(txn or environment.begin())
+
+    def _begin(self, txn: lmdb.Transaction[memoryview]) -> None:
+        self._txn = txn
+        self.txn_id = txn.id()
+        self._layers: dict[int, Layer] = {}
+        self._chains: dict[int, list[Layer]] = {}
+        self._floor_maps: dict[int, dict[int, int]] = {}
+        self._bitmaps: dict[tuple[int, int], bytes | bytearray] = {}
+        self._stacks: dict[tuple[int, int], tuple[list[Layer], np.ndarray[Any, np.dtype[np.uint8]]]] = {}
+        self._counted: set[str] = set()
+
+    def renew(self) -> None:
+        """See the store as it is now. Every view given out before is void."""
+        self._txn.abort()
+        self._begin(self._environment.begin())
+
+    def close(self) -> None:
+        """End the transaction; idempotent."""
+        self._txn.abort()
+
+    def __enter__(self) -> CatalogReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Records
+
+    def _fetch(self, table: Table, key: bytes) -> memoryview | None:
+        """The raw value, None when there is none; Damaged when LMDB's tree is."""
+        try:
+            return self._txn.get(key, db=self._environment.tables[table])
+        except lmdb.Error as error:
+            raise Damaged(f"table {table.name} cannot be read: {error}") from error
+
+    def _get(self, table: Table, key: bytes, kind: type[R]) -> R | None:
+        value = self._fetch(table, key)
+        return None if value is None else catalog.decode(table, key, value, kind)
+
+    def _scan_raw(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, memoryview]]:
+        """Every (key, value) whose key starts with `prefix`, ascending. Changes nothing while it runs."""
+        try:
+            cursor = self._txn.cursor(db=self._environment.tables[table])
+            found = cursor.set_range(prefix) if prefix else cursor.first()
+            while found:
+                key, value = cursor.item()
+                if prefix and bytes(key[: len(prefix)]) != prefix:
+                    return
+                yield bytes(key), value
+                found = cursor.next()
+        except lmdb.Error as error:
+            raise Damaged(f"table {table.name} cannot be read: {error}") from error
+
+    def _scan(self, table: Table, kind: type[R], prefix: bytes = b"") -> Iterator[tuple[bytes, R]]:
+        for key, value in self._scan_raw(table, prefix):
+            yield key, catalog.decode(table, key, value, kind)
+
+    def _prove_absence(self, table: Table) -> None:
+        """Damaged unless the table has as many records as the store's state says."""
+        if table.name in self._counted:
+            return
+        found = sum(1 for _ in self._scan_raw(table))
+        expected = self.state.rows.get(table.name, 0)
+        if found != expected:
+            raise Damaged(f"table {table.name} has {found} records where {expected} are on record")
+        self._counted.add(table.name)
+
+    @property
+    def state(self) -> State:
+        state = self._get(schema.META, schema.META_STATE, State)
+        if state is None:
+            raise Damaged("the store's state record is missing")
+        return state
+
+    @property
+    def last_lsn(self) -> int:
+        """The highest sequence number that any commit has applied: a new write log goes on above it."""
+        return self.state.lsn
+
+    # Volumes and snapshots
+
+    def has_volume(self, uuid: bytes) -> bool:
+        if self._get(schema.VOLUME, uuid, Volume) is not None:
+            return True
+        self._prove_absence(schema.VOLUME)
+        return False
+
+    def volume(self, uuid: bytes) -> Volume:
+        volume = self._get(schema.VOLUME, uuid, Volume)
+        if volume is None:
+            self._prove_absence(schema.VOLUME)
+            raise NoSuchVolume(f"there is no volume with uuid {uuid.hex()}")
+        return volume
+
+    def volume_by_name(self, name: str) -> Volume:
+        uuid = self._uuid_of(name)
+        if uuid is None:
+            raise NoSuchVolume(f"there is no volume '{name}'")
+        return self.volume(uuid)
+
+    def _uuid_of(self, name: str) -> bytes | None:
+        key = name.encode()
+        found = self._get(schema.VOLUME_NAME, key, catalog.Value)
+        if found is None:
+            self._prove_absence(schema.VOLUME_NAME)
+            return None
+        return found.data
+
+    def volumes(self) -> list[Volume]:
+        self._prove_absence(schema.VOLUME)
+        return [volume for _, volume in self._scan(schema.VOLUME, Volume)]
+
+    def snapshots(self, uuid: bytes) -> list[Snapshot]:
+        """The snapshots of a volume, by name."""
+        self._prove_absence(schema.SNAPSHOT)
+        return [snapshot for _, snapshot in self._scan(schema.SNAPSHOT, Snapshot, uuid)]
+
+    def find_snapshot(self, uuid: bytes, name: str) -> Snapshot:
+        snapshot = self._get(schema.SNAPSHOT, catalog.snapshot_key(uuid, name), Snapshot)
+        if snapshot is None:
+            self._prove_absence(schema.SNAPSHOT)
+            raise NoSuchSnapshot(f"there is no snapshot '{name}' of volume '{self.volume(uuid).name}'")
+        return snapshot
+
+    # Ownership and what others keep here
+
+    def ownership(self, uuid: bytes) -> Ownership | None:
+        """None only for a volume that this store never had."""
+        record = self._get(schema.OWNERSHIP, uuid, Ownership)
+        if record is None:
+            self._prove_absence(schema.OWNERSHIP)
+        return record
+
+    def ownerships(self) -> list[Ownership]:
+        self._prove_absence(schema.OWNERSHIP)
+        return [record for _, record in self._scan(schema.OWNERSHIP, Ownership)]
+
+    def value(self, table: str, key: str) -> bytes | None:
+        """A value kept for another part of silofs; `table` is peer, migration, outbox or host."""
+        found = self._get(schema.VALUE_TABLES[table], key.encode(), catalog.Value)
+        if found is None:
+            self._prove_absence(schema.VALUE_TABLES[table])
+            return None
+        return found.data
+
+    def values(self, table: str) -> dict[str, bytes]:
+        self._prove_absence(schema.VALUE_TABLES[table])
+        return {key.decode(): value.data for key, value in self._scan(schema.VALUE_TABLES[table], catalog.Value)}
+
+    # Layers
+
+    def layer(self, layer_id: int) -> Layer:
+        """The record of a layer that something names; Damaged when it is not there."""
+        layer = self._layers.get(layer_id)
+        if layer is None:
+            layer = self._get(schema.LAYER, catalog.layer_key(layer_id), Layer)
+            if layer is None:
+                raise Damaged(f"layer {layer_id} is missing")
+            self._layers[layer_id] = layer
+        return layer
+
+    def layer_by_uuid(self, uuid: bytes) -> Layer | None:
+        found = self._get(schema.LAYER_UUID, uuid, catalog.Value)
+        if found is None:
+            self._prove_absence(schema.LAYER_UUID)
+            return None
+        return self.layer(schema.KEY.unpack(found.data)[0])
+
+    def layers(self) -> list[Layer]:
+        self._prove_absence(schema.LAYER)
+        return [layer for _, layer in self._scan(schema.LAYER, Layer)]
+
+    def chain(self, layer_id: int) -> list[Layer]:
+        """The layers from that one down to its base."""
+        chain = self._chains.get(layer_id)
+        if chain is None:
+            chain = [self.layer(layer_id)]
+            while chain[-1].parent:
+                chain.append(self.layer(chain[-1].parent))
+                if chain[-1].depth >= chain[-2].depth:
+                    raise Damaged(f"layer {chain[-1].id} cannot be below layer {chain[-2].id}")
+            self._chains[layer_id] = chain
+        return chain
+
+    def _floors(self, layer_id: int) -> dict[int, int]:
+        """For every layer of a chain the first page that the clips of those above it hide."""
+        floors = self._floor_maps.get(layer_id)
+        if floors is None:
+            floors, floor = {}, NO_FLOOR
+            for layer in self.chain(layer_id):
+                floors[layer.id] = floor
+                floor = min(floor, pages_for(layer.clip))
+            self._floor_maps[layer_id] = floors
+        return floors

@@ -1,0 +1,135 @@
+"""Applying what is pending in the write log to the store, in one transaction.
+
+Order matters in one place only: all of it, with each volume's `applied_lsn`, is one LMDB transaction, so a crash
+leaves either the state before, and the log still holds everything, or the state after, and replay skips what was
+applied. docs/format.md says what each step leaves behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from silofs.blocks import PAGE, ZERO_PAGE, pages_for
+from silofs.errors import Busy, Damaged
+from silofs.extents import Extents
+from silofs.layers import schema
+from silofs.layers.catalog import Volume
+from silofs.layers.changes import Changes
+from silofs.layers.heads import HeadWriter, Numbers
+from silofs.layers.pending import Patch, Pending
+from silofs.layers.schema import Buffer, Refs
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class Committed:
+    """What a commit did to one volume."""
+
+    record: Volume | None = None  # as it now is; None when the transaction's `then` deleted it
+    leaves: dict[int, Refs] = field(default_factory=dict)  # changed leaves, resolved; read-only arrays
+    stale: Extents = field(default_factory=Extents)  # changed leaves that are not in `leaves`: resolve them again
+
+
+@dataclass
+class CommitResult(Generic[T]):
+    """What a commit did."""
+
+    volumes: dict[bytes, Committed]
+    failed: dict[bytes, Damaged]  # volumes whose records are damaged; nothing of theirs was applied
+    chilled: set[int] = field(default_factory=set)  # leaves that changed below heads, of any volume: resolve them again
+    value: T | None = None  # of the caller's own function
+    txn_id: int = 0
+
+
+def apply_all(txn: Changes, pendings: Sequence[Pending], ring: memoryview) -> CommitResult[T]:
+    """Apply pending writes of any number of volumes, several of one volume in the order given."""
+    result: CommitResult[T] = CommitResult({}, {})
+    lsn = txn.last_lsn
+    for pending in pendings:
+        if not pending or pending.uuid in result.failed:
+            continue
+        try:
+            if not txn.has_volume(pending.uuid):
+                continue  # deleted meanwhile; its writes go with it
+            volume = txn.volume(pending.uuid)
+            txn.chain(volume.head)
+        except Damaged as error:
+            log.error("nothing can be written to volume %s: %s", pending.uuid.hex(), error)
+            result.failed[pending.uuid] = error
+            continue
+        committed = result.volumes.setdefault(pending.uuid, Committed())
+        lsn = max(lsn, pending.last_lsn)
+        if pending.last_lsn <= volume.applied_lsn:
+            # Applied by an earlier attempt whose outcome was not known.
+            for leaf in pending.leaves:
+                committed.leaves[leaf] = txn.resolve(volume.head, leaf)
+            continue
+        writer = HeadWriter(txn, volume)
+        _apply(writer, txn, pending, ring)
+        writer.finish(applied_lsn=pending.last_lsn)
+        committed.leaves.update(writer.resolved)
+        for start, end in writer.stale:
+            committed.stale.add(start, end)
+    if lsn > txn.last_lsn:
+        txn.count(lsn=lsn)
+    return result
+
+
+def _apply(writer: HeadWriter, txn: Changes, pending: Pending, ring: memoryview) -> None:
+    """One volume's zeroed ranges, then its pages, which lie above them."""
+    end_page = pages_for(writer.volume.size)
+    for first, end in pending.zeros:
+        writer.zero(first, min(end, end_page))
+    if not pending.pages:
+        return
+    patches = {page: entry for page, entry in pending.pages.items() if isinstance(entry, Patch)}
+    rendered = {page: _render(writer, txn, page, patch, ring) for page, patch in patches.items()}
+    numbers = np.fromiter(pending.pages, np.int64, len(pending.pages))
+    if patches:
+        positions = np.array([-2 if isinstance(at, Patch) else at for at in pending.pages.values()], np.int64)
+    else:
+        positions = np.fromiter(pending.pages.values(), np.int64, len(numbers))
+    order = np.argsort(numbers)
+    order = order[: np.searchsorted(numbers, end_page, sorter=order)]  # a shrunk volume has no pages beyond its size
+    numbers, positions = numbers[order], positions[order]
+
+    zero = _zero_pages(positions, ring)
+    data: list[Buffer | None] = [ring[at : at + PAGE] for at in positions.tolist()]
+    if rendered:
+        for index in np.flatnonzero(positions == -2).tolist():
+            data[index] = page = rendered[int(numbers[index])]
+            zero[index] = page == ZERO_PAGE
+    writer.write(numbers, data, zero)
+
+
+def _zero_pages(positions: Numbers, ring: memoryview) -> npt.NDArray[np.bool_]:
+    """Which of the pages at those ring positions are all zero. Mostly their first byte tells that they are not."""
+    zero = np.asarray(np.frombuffer(ring, np.uint8)[positions] == 0)
+    for index in np.flatnonzero(zero & (positions >= 0)).tolist():
+        at = int(positions[index])
+        zero[index] = ring[at : at + PAGE].tobytes() == ZERO_PAGE
+    return zero
+
+
+def _render(writer: HeadWriter, txn: Changes, page: int, patch: Patch, ring: memoryview) -> bytes | None:
+    """A page of which only ranges were written; None when what they were written on is damaged."""
+    if patch.complete:
+        return patch.render(ring)
+    reference = writer.reference(page)
+    if schema.kind_of(reference) == schema.REMOTE:
+        raise Busy(f"page {page} of volume '{writer.volume.name}' is still remote: it is fetched before it is patched")
+    try:
+        base = txn.page(reference)
+    except Damaged as error:
+        log.error("page %d of volume '%s' cannot be merged and is lost: %s", page, writer.volume.name, error)
+        return None
+    return patch.render(ring, base)

@@ -1,0 +1,111 @@
+"""The LMDB environment under a store: made, looked at before it is touched, opened and grown.
+
+The only module that calls lmdb's own `open`. A file that is cut short would kill the process with SIGBUS at the first
+read beyond its end, and another engine's file cannot be read at all: both are found with plain reads, first.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from struct import Struct
+from typing import Any, Final
+
+import lmdb
+from lmdb import verify
+
+from silofs.blocks import PAGE
+from silofs.errors import BadFormat, NoStore
+from silofs.layers.schema import ENGINE_MAJOR, TABLES, Table
+from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS
+
+DATA_FILE: Final = "data.mdb"
+
+_MAGIC: Final = 0xBEEFC0DE
+_VERSION: Final = 1  # of the data file, engine 0.9
+# Page header 16 bytes, then magic, version, address, map size, two tree records of 48 bytes (the first one's first
+# field is the page size), last page, transaction id.
+_META: Final = Struct("<16xIIQQI44x48xQQ")
+
+
+class Environment:
+    """One open LMDB environment and its tables."""
+
+    def __init__(self, path: Path, *, create: bool = False, map_bytes: int | None = None) -> None:
+        self.path = path
+        self.data_file = path / DATA_FILE
+        self.map_bytes = map_bytes or _map_bytes(path)
+        self.lmdb = lmdb.Environment(
+            str(path),
+            map_size=self.map_bytes,
+            create=create,
+            max_dbs=len(TABLES) + 4,
+            max_readers=MAX_READERS,
+            readahead=False,
+            lib_version=ENGINE_MAJOR,
+            mode=0o600,
+        )
+        try:
+            self.lmdb.reader_check()
+            # Not in a read transaction of ours: the handles would be closed with it.
+            self.tables: dict[Table, Any] = {
+                table: self.lmdb.open_db(table.name.encode(), create=create) for table in TABLES
+            }
+        except lmdb.Error as error:
+            self.lmdb.close()
+            raise BadFormat(f"{self.data_file} is not a whole store: {error}") from error
+
+    def begin(self, *, write: bool = False) -> lmdb.Transaction[memoryview]:
+        return self.lmdb.begin(write=write, buffers=True)
+
+    def grow(self) -> bool:
+        """Double the map. Only while no transaction is open; False at the limit."""
+        if self.map_bytes >= MAP_BYTES_MAX:
+            return False
+        self.map_bytes = min(MAP_BYTES_MAX, 2 * self.map_bytes)
+        self.lmdb.set_mapsize(self.map_bytes)
+        return True
+
+    def close(self) -> None:
+        self.lmdb.close()
+
+
+def _map_bytes(path: Path) -> int:
+    """Map size to open with: only address space, so 4 times the file system. Growing later needs all readers gone."""
+    status = os.statvfs(path)
+    wanted = 4 * status.f_blocks * status.f_frsize
+    return max(MAP_BYTES_START, min(MAP_BYTES_MAX, -(-wanted // GIB) * GIB))
+
+
+def last_page(data_file: Path) -> int:
+    """The last page that the newest commit may refer to, read without LMDB. BadFormat when this is no such file."""
+    pages = []
+    with data_file.open("rb") as file:
+        for at in (0, PAGE):
+            file.seek(at)
+            raw = file.read(_META.size)
+            if len(raw) < _META.size:
+                raise BadFormat(f"{data_file} is cut short")
+            magic, version, _, _, page_size, last, txn_id = _META.unpack(raw)
+            if magic != _MAGIC or version != _VERSION or page_size != PAGE:
+                raise BadFormat(f"{data_file} was not written by this engine (LMDB 0.9, 4 KiB pages)")
+            pages.append((txn_id, last))
+    return int(max(pages)[1])
+
+
+def check_file(data_file: Path) -> None:
+    """BadFormat or NoStore unless the file is as long as what is in it. Changes nothing but a tail of free pages."""
+    if not data_file.exists():
+        raise NoStore(f"{data_file} is missing")
+    needed = (last_page(data_file) + 1) * PAGE
+    if data_file.stat().st_size >= needed:
+        return
+    # Pages that were allocated and freed in one transaction are never written; at the end of the file they leave it
+    # legitimately short. Only a walk of the whole file tells that from a file that was cut.
+    try:
+        errors: list[str] = verify.verify(str(data_file), subdir=False)  # type: ignore[no-untyped-call]
+    except verify.VerifyError as error:
+        raise BadFormat(f"{data_file} is cut short: {error}") from error
+    if errors:
+        raise BadFormat(f"{data_file} is cut short: {data_file.stat().st_size} of {needed} bytes")
+    os.truncate(data_file, needed)

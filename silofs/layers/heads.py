@@ -1,0 +1,161 @@
+"""Writing to the head of one volume inside a transaction: pages, zeroed ranges, and the counts that follow.
+
+Leaves are loaded, changed and encoded as arrays of many rows, so that the cost of a page is that of its bytes. What a
+head's entry referred to before belongs to the head alone, and is given up in the same transaction; what sealed layers
+hold is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, pages_for
+from silofs.extents import Extents
+from silofs.layers import leaves, schema
+from silofs.layers.catalog import Volume
+from silofs.layers.changes import Changes
+from silofs.layers.schema import Buffer, Refs
+from silofs.layers.warm import Entry
+
+Numbers = npt.NDArray[np.int64]
+
+ROWS: Final = 1024  # leaves changed at once: 4 MiB a matrix
+ZEROED_KEPT: Final = 256  # leaves of a zeroed range that are kept resolved; those of larger ranges are only named stale
+
+
+class HeadWriter:
+    """Collects the changes of one volume's head; `finish` writes its volume record."""
+
+    def __init__(self, txn: Changes, volume: Volume) -> None:
+        self._txn = txn
+        self.volume = volume
+        self._head = volume.head
+        layer = txn.layer(self._head)
+        self._parent = layer.parent
+        self._clip = pages_for(layer.clip)
+        self.data_pages = volume.data_pages
+        self.resolved: dict[int, Refs] = {}  # leaves changed, as they now read
+        self.stale = Extents()  # leaves changed that are not in `resolved`
+
+    def write(self, numbers: Numbers, data: Sequence[Buffer | None], zero: npt.NDArray[np.bool_]) -> None:
+        """Pages with ascending numbers: their bytes, None for one that is lost; `zero` says which are all zero."""
+        refs = np.where(zero, np.uint64(schema.ZERO), np.uint64(schema.LOST))
+        at, kept = [], []
+        for index, (page, is_zero) in enumerate(zip(data, zero.tolist(), strict=True)):
+            if page is not None and not is_zero:
+                at.append(index)
+                kept.append(page)
+        if kept:
+            refs[at] = self._txn.store_pages(self._head, numbers[at].tolist(), kept)
+        self._put(numbers, refs)
+
+    def _put(self, numbers: Numbers, refs: Refs) -> None:
+        """New references for pages with ascending numbers. ZERO becomes HOLE where nothing lies below."""
+        of_leaf = numbers >> LEAF_SHIFT
+        touched, starts = np.unique(of_leaf, return_index=True)
+        for at in range(0, len(touched), ROWS):
+            some = touched[at : at + ROWS]
+            first = int(starts[at])
+            end = int(starts[at + ROWS]) if at + ROWS < len(touched) else len(numbers)
+            rows = np.searchsorted(some, of_leaf[first:end])
+            flat = (rows << LEAF_SHIFT) | (numbers[first:end] & LEAF_MASK)
+            self._change(some.tolist(), flat, refs[first:end], keep=True)
+
+    def zero(self, first_page: int, end_page: int) -> None:
+        """Make a range zero, whatever its length: only leaves that something of the chain has are looked at."""
+        if first_page >= end_page:
+            return
+        first_leaf, end_leaf = first_page >> LEAF_SHIFT, (end_page + LEAF_MASK) >> LEAF_SHIFT
+        found = iter(list(self._txn.chain_leaves(self._head, first_leaf, end_leaf)))
+        keep = True
+        while batch := list(islice(found, ZEROED_KEPT)):
+            if not keep:
+                self.stale.add(batch[0], batch[-1] + 1)
+            parts = []
+            for row, leaf in enumerate(batch):
+                start = max(first_page - (leaf << LEAF_SHIFT), 0)
+                end = min(end_page - (leaf << LEAF_SHIFT), LEAF_PAGES)
+                parts.append(np.arange((row << LEAF_SHIFT) + start, (row << LEAF_SHIFT) + end))
+            flat = np.concatenate(parts)
+            self._change(batch, flat, np.full(len(flat), schema.ZERO, np.uint64), keep=keep)
+            keep = False
+
+    def _change(self, numbers: list[int], flat: npt.NDArray[Any], refs: Refs, *, keep: bool) -> None:
+        """Entries `flat` (row * 512 + page in the leaf, ascending) of some leaves become `refs`."""
+        txn, head = self._txn, self._head
+        entries = [self._load(leaf) for leaf in numbers]
+        own = txn.stack_leaves(head, [entry[0] for entry in entries])
+        seen = np.stack([entry[1] for entry in entries]) if self._parent else own
+        zeros = refs == schema.ZERO
+        if zeros.any():
+            refs = refs.copy()
+            refs[zeros] = self._zeros(numbers, flat[zeros])
+        existed: list[bool] = np.any(own, axis=1).tolist()
+        old = own.reshape(-1)[flat]
+        before = schema.count_data(seen.reshape(-1)[flat])
+        own.reshape(-1)[flat] = refs
+        seen.reshape(-1)[flat] = refs
+        self.data_pages += schema.count_data(refs) - before
+        txn.account(head, old, refs)
+        txn.put_leaves(head, numbers, own, existed)
+        for row, leaf in enumerate(numbers):
+            if keep:
+                # Copies: a row of the matrix would keep the whole of it in memory for as long as the row is cached.
+                mine = own[row].copy()
+                resolved = seen[row].copy() if self._parent else mine
+                mine.flags.writeable = resolved.flags.writeable = False
+                txn.warmed[head, leaf] = mine, resolved
+                self.resolved[leaf] = resolved
+            else:
+                txn.warmed[head, leaf] = None
+
+    def _load(self, leaf: int) -> Entry:
+        """(own, resolved) entries of a leaf before the change."""
+        entry = self._txn.kept_leaf(self._head, leaf)
+        if entry is None:
+            own = self._txn.peek_leaf(self._head, leaf)
+            if self._parent:
+                below = self._below(leaf)
+                entry = own, np.where(own != 0, own, below)
+            else:
+                entry = own, own
+        return entry
+
+    def _below(self, leaf: int) -> Refs:
+        """What shows through holes of the head."""
+        if not self._parent:
+            return leaves.HOLES
+        below = self._txn.resolve(self._parent, leaf)
+        visible = self._clip - (leaf << LEAF_SHIFT)
+        if visible < LEAF_PAGES:
+            below = below.copy()
+            below[max(visible, 0) :] = schema.HOLE
+        return below
+
+    def _zeros(self, numbers: list[int], flat: npt.NDArray[Any]) -> Refs:
+        """For zeroed pages ZERO, or HOLE where below is one."""
+        refs = np.zeros(len(flat), np.uint64)
+        if self._parent:
+            rows = flat >> LEAF_SHIFT
+            touched, starts = np.unique(rows, return_index=True)
+            edges = [*starts.tolist(), len(flat)]
+            for row, start, end in zip(touched.tolist(), edges, edges[1:], strict=False):
+                below = self._below(numbers[row])[flat[start:end] & LEAF_MASK]
+                refs[start:end] = np.where(below != 0, np.uint64(schema.ZERO), np.uint64(schema.HOLE))
+        return refs
+
+    def reference(self, page: int) -> int:
+        """The page's resolved reference as of now."""
+        return int(self._load(page >> LEAF_SHIFT)[1][page & LEAF_MASK])
+
+    def finish(self, *, less: int = 0, **changes: Any) -> Volume:
+        """Write the volume's record with its new count of data pages (`less` those cut off) and `changes`."""
+        self.volume = msgspec.structs.replace(self.volume, data_pages=self.data_pages - less, **changes)
+        self._txn.put_record(schema.VOLUME, self.volume.uuid, self.volume)
+        return self.volume

@@ -1,0 +1,106 @@
+"""The codec of leaves: 512 page references to bytes and back. Pure.
+
+Two encodings. RUNS is for what is uniform, sparse or written in order: (start, count, reference) for every run of
+pages; references to slots of an object step by one slot inside a run, all others repeat; holes are left out. DENSE is
+512 references of 7 bytes. A leaf is dense when its runs would no longer fit beside others in an LMDB page; then it
+takes exactly one overflow page.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+import numpy as np
+
+from silofs.blocks import LEAF_PAGES
+from silofs.errors import Damaged
+from silofs.layers.schema import DATA, HOLE, KIND_MASK, LOST, REF_BYTES, SLOT_STEP, Refs
+
+RUNS: Final = 1
+DENSE: Final = 2
+RUNS_MAX: Final = 172  # 1903 bytes: with key and LMDB's node header still less than half a page
+
+_RUN: Final = Struct("<HHQ")  # the reference's eighth byte is cut off
+_RUN_BYTES: Final = 4 + REF_BYTES
+_DENSE_BYTES: Final = 1 + LEAF_PAGES * REF_BYTES
+_STEP: Final = np.uint64(SLOT_STEP)
+_STEPS: Final[Refs] = np.arange(LEAF_PAGES).astype(np.uint64) * _STEP
+_KIND: Final = np.uint64(KIND_MASK)
+_DATA: Final = np.uint64(DATA)
+
+
+def _uniform(ref: int) -> Refs:
+    refs = np.full(LEAF_PAGES, ref, np.uint64)
+    refs.flags.writeable = False
+    return refs
+
+
+HOLES: Final = _uniform(HOLE)
+LOST_LEAF: Final = _uniform(LOST)
+"""What stands in for a leaf that cannot be read."""
+
+
+def encode(refs: Refs) -> bytes:
+    """One leaf's payload."""
+    return encode_many(refs.reshape(1, LEAF_PAGES))[0]
+
+
+def encode_many(matrix: Refs) -> list[bytes]:
+    """The payloads of the rows of an (n, 512) array: the work of finding runs is shared between them."""
+    rows = len(matrix)
+    first = np.empty((rows, LEAF_PAGES), bool)
+    first[:, 0] = True
+    expected = matrix[:, :-1] + np.where((matrix[:, :-1] & _KIND) == _DATA, _STEP, np.uint64(0))
+    np.not_equal(matrix[:, 1:], expected, out=first[:, 1:])
+    runs = np.count_nonzero(first & (matrix != 0), axis=1)
+    dense = runs > RUNS_MAX
+    payloads: list[bytes] = []
+    packed = b""
+    if dense.any():
+        as_bytes = np.ascontiguousarray(matrix[dense]).view(np.uint8).reshape(-1, LEAF_PAGES, 8)
+        packed = as_bytes[:, :, :REF_BYTES].tobytes()
+    at = 0
+    for row, is_dense in enumerate(dense.tolist()):
+        if is_dense:
+            payloads.append(b"\x02" + packed[at : at + _DENSE_BYTES - 1])
+            at += _DENSE_BYTES - 1
+        else:
+            payloads.append(_encode_runs(matrix[row], np.flatnonzero(first[row])))
+    return payloads
+
+
+def _encode_runs(refs: Refs, starts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> bytes:
+    at = starts.tolist()
+    values = refs[starts].tolist()
+    parts = [b"\x01"]
+    for start, end, value in zip(at, [*at[1:], LEAF_PAGES], values, strict=True):
+        if value:
+            parts.append(_RUN.pack(start, end - start, value)[:_RUN_BYTES])
+    return b"".join(parts)
+
+
+def decode(payload: memoryview) -> Refs:
+    """The references of a payload; Damaged when it is of no known form."""
+    encoding = payload[0] if len(payload) else 0
+    if encoding == DENSE and len(payload) == _DENSE_BYTES:
+        wide = np.zeros((LEAF_PAGES, 8), np.uint8)
+        wide[:, :REF_BYTES] = np.frombuffer(payload, np.uint8, offset=1).reshape(LEAF_PAGES, REF_BYTES)
+        refs: Refs = wide.view(np.uint64).reshape(LEAF_PAGES)
+        return refs
+    if encoding != RUNS or (len(payload) - 1) % _RUN_BYTES:
+        raise Damaged("a leaf is of no known encoding")
+    refs = HOLES.copy()
+    done = 0
+    for at in range(1, len(payload), _RUN_BYTES):
+        start, count, value = _RUN.unpack(bytes(payload[at : at + _RUN_BYTES]) + b"\0")
+        if start < done or not count or start + count > LEAF_PAGES or not value or value & KIND_MASK > LOST:
+            raise Damaged("a leaf has runs that are no runs")
+        done = start + count
+        if count == 1:
+            refs[start] = value
+        elif value & KIND_MASK == DATA:
+            refs[start:done] = _STEPS[:count] + np.uint64(value)
+        else:
+            refs[start:done] = value
+    return refs

@@ -1,0 +1,247 @@
+"""A snapshot of the store, read-only.
+
+A `ReadTxn` sees the store as of one transaction, until `renew`. What it returns as memoryviews lies in the map and
+is valid only while the transaction lives: use it before the next `renew` or `close`. Any thread may have one, one
+thread at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, ZERO_PAGE
+from silofs.errors import Damaged, ObjectMissing
+from silofs.extents import Extents
+from silofs.layers import leaves, presence, schema
+from silofs.layers.catalog import Layer, Pin, layer_key
+from silofs.layers.catalog_reader import CatalogReader
+from silofs.layers.digest import Segment, leaf_digest
+from silofs.layers.schema import CHUNK_LEAVES, CHUNK_SHIFT, Refs
+
+log = logging.getLogger(__name__)
+
+_ALL: Final = b"\xff" * schema.CHUNK_BYTES
+ZERO_BLOCK: Final = bytes(64 * 4096)
+
+
+class ReadTxn(CatalogReader):
+    """Catalog, maps and pages as of one transaction."""
+
+    # Maps
+
+    def own_leaf(self, layer_id: int, leaf: int) -> Refs | None:
+        """The layer's own entries of a leaf, None when it has none. Damaged when that cannot be told."""
+        chunk = leaf >> CHUNK_SHIFT
+        if not presence.has(self.layer(layer_id).chunks, chunk):
+            return None
+        try:
+            if not presence.has(self._bitmap(layer_id, chunk), leaf & (CHUNK_LEAVES - 1)):
+                return None
+        except Damaged:
+            # Without its bitmap a leaf that is found is still good: it is bound to its place. One that is not, is lost.
+            pass
+        return self._stored_leaf(layer_id, leaf)
+
+    def _stored_leaf(self, layer_id: int, leaf: int) -> Refs:
+        """The leaf's record, which must be there."""
+        key = schema.leaf_key(layer_id, leaf)
+        value = self._fetch(schema.LEAF, key)
+        if value is None:
+            raise Damaged(f"leaf {leaf} of layer {layer_id} is missing")
+        return leaves.decode(schema.open_record(schema.LEAF, key, value))
+
+    def _bitmap(self, layer_id: int, chunk: int) -> bytes | bytearray:
+        """A presence bitmap that the layer's record says exists."""
+        bitmap = self._bitmaps.get((layer_id, chunk))
+        if bitmap is None:
+            key = schema.leaf_key(layer_id, chunk)
+            value = self._fetch(schema.PRESENCE, key)
+            if value is None:
+                raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is missing")
+            bitmap = bytes(schema.open_record(schema.PRESENCE, key, value))
+            self._bitmaps[layer_id, chunk] = bitmap
+        return bitmap
+
+    def _leaf_or_lost(self, layer_id: int, leaf: int) -> Refs:
+        """A leaf that is present, every page LOST when it cannot be read."""
+        try:
+            return self._stored_leaf(layer_id, leaf)
+        except Damaged as error:
+            log.error("%s; pages %d to %d are lost there", error, leaf * LEAF_PAGES, (leaf + 1) * LEAF_PAGES - 1)
+            return leaves.LOST_LEAF
+
+    def _stack(self, layer_id: int, chunk: int) -> tuple[list[Layer], np.ndarray[Any, np.dtype[np.uint8]]]:
+        """The chain's layers that have the chunk, and their bitmaps as an array of a row each."""
+        stack = self._stacks.get((layer_id, chunk))
+        if stack is None:
+            layers = [layer for layer in self.chain(layer_id) if presence.has(layer.chunks, chunk)]
+            rows = bytearray()
+            for layer in layers:
+                try:
+                    rows += self._bitmap(layer.id, chunk)
+                except Damaged as error:
+                    log.error("%s; every leaf of it is taken for present", error)
+                    rows += _ALL
+            stack = layers, np.frombuffer(bytes(rows), np.uint8).reshape(len(layers), schema.CHUNK_BYTES)
+            self._stacks[layer_id, chunk] = stack
+        return stack
+
+    def _having(self, layer_id: int, leaf: int) -> list[Layer]:
+        """The chain's layers that have the leaf, top first."""
+        layers, bitmaps = self._stack(layer_id, leaf >> CHUNK_SHIFT)
+        if not layers:
+            return []
+        at = leaf & (CHUNK_LEAVES - 1)
+        if len(layers) == 1:
+            return layers if bitmaps[0, at >> 3] >> (at & 7) & 1 else []
+        return [layers[row] for row in np.flatnonzero(bitmaps[:, at >> 3] & (1 << (at & 7))).tolist()]
+
+    def resolve(self, layer_id: int, leaf: int, *, above: int = 0) -> Refs:
+        """The leaf as a reader of that layer sees it: u64[512], the chain merged from the top, not to be changed.
+
+        `above` stops before that layer of the chain: a slice, in which HOLE means "as below the slice". Pages that an
+        unreadable leaf leaves undecided are LOST.
+        """
+        merged: Refs | None = None
+        for layer in self._having(layer_id, leaf):
+            if above and layer.depth <= self.layer(above).depth:
+                break
+            own = self._leaf_or_lost(layer.id, leaf)
+            visible = self._floor(layer_id, layer) - leaf * LEAF_PAGES
+            if visible < LEAF_PAGES:
+                if visible <= 0:
+                    break
+                own = own.copy()
+                own[visible:] = schema.HOLE
+            merged = own if merged is None else np.where(merged != 0, merged, own)
+            if merged.all():
+                break
+        if merged is None:
+            return leaves.HOLES
+        merged.flags.writeable = False
+        return merged
+
+    def _floor(self, layer_id: int, below: Layer) -> int:
+        """The first page of `below` that the layers of the chain above it hide by their clip."""
+        return self._floors(layer_id)[below.id]
+
+    def present_leaves(self, layer_id: int, first: int = 0, end: int | None = None) -> Iterator[int]:
+        """The leaves that the layer itself has, ascending. Damaged when a bitmap is."""
+        for chunk, start, stop in presence.chunks_between(self.layer(layer_id).chunks, first, end):
+            for at in presence.bits(self._bitmap(layer_id, chunk), start, stop):
+                yield (chunk << CHUNK_SHIFT) + at
+
+    def chain_leaves(self, layer_id: int, first: int = 0, end: int | None = None, *, above: int = 0) -> Iterator[int]:
+        """The leaves that any layer of the chain (or of the slice down to `above`) has, ascending."""
+        stop_depth = self.layer(above).depth if above else 0
+        chain = [layer for layer in self.chain(layer_id) if layer.depth > stop_depth]
+        every = np.zeros(max(len(layer.chunks) for layer in chain), np.uint8)
+        for layer in chain:
+            every[: len(layer.chunks)] |= np.frombuffer(layer.chunks, np.uint8)
+        for chunk, start, stop in presence.chunks_between(every.tobytes(), first, end):
+            layers, bitmaps = self._stack(layer_id, chunk)
+            rows = [row for row, layer in enumerate(layers) if layer.depth > stop_depth]
+            merged = np.bitwise_or.reduce(bitmaps[rows], axis=0)
+            for at in presence.bits(merged.tobytes(), start, stop):
+                yield (chunk << CHUNK_SHIFT) + at
+
+    def missing(self, layer_id: int, first_leaf: int = 0, end_leaf: int | None = None) -> Extents:
+        """The pages of the layer that are still at a peer. Nothing is read when the layer's count says none."""
+        pages = Extents()
+        if self.layer(layer_id).remote_pages:
+            for leaf in self.present_leaves(layer_id, first_leaf, end_leaf):
+                remote = schema.kinds(self._stored_leaf(layer_id, leaf)) == schema.REMOTE
+                edges = np.flatnonzero(np.diff(remote, prepend=False, append=False)).tolist()
+                for start, stop in zip(edges[::2], edges[1::2], strict=True):
+                    pages.add((leaf << LEAF_SHIFT) + start, (leaf << LEAF_SHIFT) + stop)
+        return pages
+
+    # Pages
+
+    def page(self, ref: int) -> memoryview | bytes:
+        """The 4096 bytes of one reference, verified. A REMOTE one has no bytes here: asking is a bug."""
+        kind = ref & schema.KIND_MASK
+        if kind == schema.DATA:
+            object_id = ref >> schema.OBJECT_SHIFT
+            return schema.object_page(object_id, ref >> schema.SLOT_SHIFT & schema.SLOT_MASK, self._object(object_id))
+        if kind <= schema.ZERO:
+            return ZERO_PAGE
+        if kind == schema.LONE:
+            object_id = ref >> schema.OBJECT_SHIFT
+            key = schema.KEY.pack(object_id)
+            value, name = self._fetch(schema.PAGES, key), self._fetch(schema.NAME, key)
+            if value is None or name is None:
+                raise ObjectMissing(f"lone page {object_id} is missing")
+            return schema.lone_page(key, object_id, value, name)
+        if kind == schema.LOST:
+            raise Damaged("the page was damaged and is lost until it is overwritten")
+        raise AssertionError(f"reference {ref:#x} has no page here")
+
+    def _object(self, object_id: int) -> memoryview:
+        value = self._fetch(schema.OBJECT, schema.KEY.pack(object_id))
+        if value is None:
+            raise ObjectMissing(f"object {object_id} is missing")
+        return value
+
+    def views(self, refs: Refs) -> list[memoryview | bytes]:
+        """The bytes of consecutive pages, verified, in as few buffers as they are stored in."""
+        buffers: list[memoryview | bytes] = []
+        values = refs.tolist()
+        at, count = 0, len(values)
+        while at < count:
+            value = values[at]
+            kind = value & schema.KIND_MASK
+            end = at + 1
+            if kind == schema.DATA:
+                while end < count and values[end] == values[end - 1] + schema.SLOT_STEP:
+                    end += 1
+                buffers.append(self._slots(value, end - at))
+            elif kind <= schema.ZERO:
+                while end < count and end - at < 64 and values[end] <= schema.ZERO:
+                    end += 1
+                buffers.append(ZERO_PAGE if end == at + 1 else memoryview(ZERO_BLOCK)[: (end - at) << 12])
+            else:
+                buffers.append(self.page(value))
+            at = end
+        return buffers
+
+    def _slots(self, ref: int, count: int) -> memoryview:
+        """Consecutive slots of one object as one view, each verified."""
+        object_id, slot = ref >> schema.OBJECT_SHIFT, schema.slot_of(ref)
+        value = self._object(object_id)
+        for each in range(slot, slot + count):
+            schema.object_page(object_id, each, value)
+        at = schema.HEADER_BYTES + (slot << 12)
+        return value[at : at + (count << 12)]
+
+    # Segments: what migrations send
+
+    def segment(self, layer_id: int, above: int = 0) -> Segment:
+        """The slice of a chain from a layer down to, and without, `above` (0: down to the base)."""
+        layers = []
+        for layer in self.chain(layer_id):
+            if layer.id == above:
+                break
+            layers.append(layer)
+        else:
+            assert not above, "a slice ends at a layer of its own chain"
+        return Segment(layers[0].size, min(layer.clip for layer in layers), tuple(layer.id for layer in layers))
+
+    def leaf_digest(self, layer_id: int, leaf: int, *, above: int = 0) -> bytes | None:
+        """Digest of a leaf of a segment, None when nothing is in it; Damaged when a page of it is not here, sound."""
+        refs = self.resolve(layer_id, leaf, above=above)
+        if not above:
+            refs = np.where(refs == schema.ZERO, np.uint64(schema.HOLE), refs)
+        if not refs.any():
+            return None
+        kinds = schema.kinds(refs)
+        if (kinds > schema.LONE).any():
+            raise Damaged(f"leaf {leaf} of layer {layer_id} has pages that are not here")
+        return leaf_digest(leaf, np.minimum(kinds, schema.DATA), self.views(refs[kinds >= schema.DATA]))
+
+    def pins(self, layer_id: int) -> list[Pin]:
+        return [pin for _, pin in self._scan(schema.PIN, Pin, layer_key(layer_id))]

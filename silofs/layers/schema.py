@@ -1,0 +1,257 @@
+"""The format of a store: tables, keys, references, byte layouts and checksums. docs/format.md is this module in prose.
+
+Everything else in the store goes through here. Integers in keys are big-endian, so that they sort; in values they are
+little-endian. Two rules make damage visible: a checksum is seeded with the place that its bytes belong to, so that a
+sound record in a wrong place fails as a torn one does; and whatever may be absent is recorded as present elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from silofs.blocks import PAGE
+from silofs.errors import Damaged
+
+FORMAT_VERSION: Final = 1
+ENGINE: Final = "lmdb-0.9"  # which of the engines that py-lmdb bundles wrote the file: they cannot read each other's
+ENGINE_MAJOR: Final = 0  # as lmdb.open(lib_version=) wants it
+
+Refs = npt.NDArray[np.uint64]
+Buffer = bytes | bytearray | memoryview
+
+U64: Final = Struct("<Q")
+KEY: Final = Struct(">Q")
+PAIR: Final = Struct(">QQ")
+
+
+# Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One LMDB table. `number` seeds the checksums of its records and is never given to another table."""
+
+    name: str
+    number: int
+    counted: bool = False  # a catalog table: State.rows says how many records it has
+
+
+META: Final = Table("meta", 1)
+OBJECT: Final = Table("object", 2)
+PAGES: Final = Table("page", 3)
+NAME: Final = Table("name", 4)
+LIVE: Final = Table("live", 5)
+LEAF: Final = Table("leaf", 6)
+PRESENCE: Final = Table("presence", 7)
+VOLUME: Final = Table("volume", 8, counted=True)
+VOLUME_NAME: Final = Table("volume_name", 9, counted=True)
+LAYER: Final = Table("layer", 10, counted=True)
+LAYER_UUID: Final = Table("layer_uuid", 11, counted=True)
+SNAPSHOT: Final = Table("snapshot", 12, counted=True)
+OWNERSHIP: Final = Table("ownership", 13, counted=True)
+PIN: Final = Table("pin", 14, counted=True)
+DOOMED: Final = Table("doomed", 15, counted=True)
+PEER: Final = Table("peer", 16, counted=True)
+MIGRATION: Final = Table("migration", 17, counted=True)
+OUTBOX: Final = Table("outbox", 18, counted=True)
+HOST: Final = Table("host", 19, counted=True)
+
+TABLES: Final = (
+    META, OBJECT, PAGES, NAME, LIVE, LEAF, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT, OWNERSHIP, PIN,
+    DOOMED, PEER, MIGRATION, OUTBOX, HOST,
+)  # fmt: skip
+VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
+
+META_FORMAT: Final = b"format"
+META_STATE: Final = b"state"
+
+
+# References: what a leaf says of one page, in 56 bits. kind: bits 0-3, slot: bits 4-11, object id: bits 12-55.
+
+HOLE: Final = 0  # not in this layer; the whole reference is 0
+ZERO: Final = 1
+DATA: Final = 2  # slot of an object
+LONE: Final = 3  # a page with a record of its own
+REMOTE: Final = 4  # still at a peer; the object field is the id of the layer that the page belongs to
+LOST: Final = 5  # damaged and given up: an error until it is overwritten
+
+KIND_MASK: Final = 15
+SLOT_SHIFT: Final = 4
+SLOT_MASK: Final = 0xFF
+OBJECT_SHIFT: Final = 12
+REF_BYTES: Final = 7
+OBJECT_ID_MAX: Final = (1 << 44) - 1
+SLOT_STEP: Final = 1 << SLOT_SHIFT
+
+
+def ref(kind: int, object_id: int = 0, slot: int = 0) -> int:
+    return object_id << OBJECT_SHIFT | slot << SLOT_SHIFT | kind
+
+
+def kind_of(reference: int) -> int:
+    return reference & KIND_MASK
+
+
+def slot_of(reference: int) -> int:
+    return reference >> SLOT_SHIFT & SLOT_MASK
+
+
+def object_of(reference: int) -> int:
+    """The object's id; of a REMOTE reference the layer's."""
+    return reference >> OBJECT_SHIFT
+
+
+def kinds(refs: Refs) -> Refs:
+    """The kind of every reference of an array."""
+    return refs & np.uint64(KIND_MASK)
+
+
+def count_data(refs: Refs) -> int:
+    """How many references are neither hole nor zero: what `data_pages` counts."""
+    return int(np.count_nonzero(refs > np.uint64(ZERO)))
+
+
+# Checked records: an 8-byte checksum, then the payload.
+
+
+def seed_of(table: Table, key: bytes) -> int:
+    """What binds a record to its place."""
+    return xxh3_64_intdigest(key, table.number)
+
+
+def seal_record(table: Table, key: bytes, payload: Buffer) -> bytes:
+    """The value to store for `payload`."""
+    return U64.pack(xxh3_64_intdigest(payload, seed_of(table, key))) + payload
+
+
+def open_record(table: Table, key: bytes, value: Buffer) -> memoryview:
+    """The payload of a stored value; Damaged when its checksum is another's or wrong."""
+    if len(value) >= 8:
+        payload = memoryview(value)[8:]
+        if xxh3_64_intdigest(payload, seed_of(table, key)) == U64.unpack_from(value)[0]:
+            return payload
+    raise Damaged(f"record {key.hex()} of table {table.name} does not match its checksum")
+
+
+# Objects: 31 pages behind a header, sized so that LMDB (16 bytes of its own before a large value) uses exactly 32 pages
+# and every data page lies 4 KiB aligned in the file.
+
+OBJECT_PAGES: Final = 31
+OBJECT_PAGES_MIN: Final = 16  # fewer are stored as lone pages
+HEADER_BYTES: Final = PAGE - 16
+OBJECT_BYTES: Final = HEADER_BYTES + OBJECT_PAGES * PAGE
+OBJECT_MAGIC: Final = b"SILOOBJ1"
+HEADER: Final = Struct("<8sQII")  # magic, id, pages, reserved
+SUMS_AT: Final = 32  # 31 checksums, one for each slot
+SUMS: Final = [Struct(f"<{count}Q") for count in range(OBJECT_PAGES + 1)]
+HEADER_SUM_AT: Final = HEADER_BYTES - 8
+
+
+def page_sum(data: Buffer, object_id: int, slot: int) -> int:
+    """Checksum of a page, bound to where it is stored."""
+    return xxh3_64_intdigest(data, object_id << 8 | slot)
+
+
+def object_header(object_id: int, sums: list[int]) -> bytes:
+    header = bytearray(HEADER_BYTES)
+    HEADER.pack_into(header, 0, OBJECT_MAGIC, object_id, len(sums), 0)
+    SUMS[len(sums)].pack_into(header, SUMS_AT, *sums)
+    U64.pack_into(header, HEADER_SUM_AT, xxh3_64_intdigest(memoryview(header)[:HEADER_SUM_AT], object_id))
+    return bytes(header)
+
+
+def check_header(object_id: int, value: memoryview) -> int:
+    """The number of pages in an object; Damaged when it is not that object, whole."""
+    if len(value) == OBJECT_BYTES:
+        magic, stored_id, pages, _ = HEADER.unpack_from(value)
+        (stored_sum,) = U64.unpack_from(value, HEADER_SUM_AT)
+        if (
+            magic == OBJECT_MAGIC
+            and stored_id == object_id
+            and pages <= OBJECT_PAGES
+            and stored_sum == xxh3_64_intdigest(value[:HEADER_SUM_AT], object_id)
+        ):
+            return int(pages)
+    raise Damaged(f"object {object_id} has no sound header")
+
+
+def object_page(object_id: int, slot: int, value: memoryview) -> memoryview:
+    """One page of an object's value, verified."""
+    if len(value) == OBJECT_BYTES and slot < OBJECT_PAGES:
+        at = HEADER_BYTES + slot * PAGE
+        page = value[at : at + PAGE]
+        if xxh3_64_intdigest(page, object_id << 8 | slot) == U64.unpack_from(value, SUMS_AT + 8 * slot)[0]:
+            return page
+    raise Damaged(f"page {slot} of object {object_id} does not match its checksum")
+
+
+# Lone pages: the first 4080 bytes are the record (with LMDB's 16 exactly one page); the rest is in the name.
+
+LONE_BYTES: Final = PAGE - 16
+
+
+# Names: which leaf entry each slot is stored for.
+
+NAME_HEAD: Final = Struct("<II")  # slots, kind
+NAME_ENTRY: Final = Struct("<QQ")  # layer, page
+LONE_NAME: Final = Struct("<IIQQQ16s")  # 1, LONE, layer, page, checksum of the page, its last 16 bytes
+
+
+def object_name(key: bytes, layer: int, pages: Sequence[int]) -> bytes:
+    entries = np.empty((len(pages), 2), np.uint64)
+    entries[:, 0] = layer
+    entries[:, 1] = pages
+    return seal_record(NAME, key, NAME_HEAD.pack(len(pages), DATA) + entries.tobytes())
+
+
+def open_name(key: bytes, value: Buffer) -> list[tuple[int, int]]:
+    """(layer, page) of every slot."""
+    payload = open_record(NAME, key, value)
+    count, kind = NAME_HEAD.unpack_from(payload)
+    if kind == LONE and len(payload) == LONE_NAME.size:
+        return [NAME_ENTRY.unpack_from(payload, NAME_HEAD.size)]
+    if kind != DATA or len(payload) != NAME_HEAD.size + count * NAME_ENTRY.size:
+        raise Damaged(f"name {key.hex()} is of no known form")
+    return list(NAME_ENTRY.iter_unpack(payload[NAME_HEAD.size :]))
+
+
+def lone_name(key: bytes, object_id: int, layer: int, page: int, data: Buffer) -> bytes:
+    payload = LONE_NAME.pack(1, LONE, layer, page, page_sum(data, object_id, 0), bytes(data[LONE_BYTES:]))
+    return seal_record(NAME, key, payload)
+
+
+def lone_page(key: bytes, object_id: int, value: Buffer, name: Buffer) -> bytes:
+    """A lone page put together from its two records, verified."""
+    payload = open_record(NAME, key, name)
+    if len(payload) == LONE_NAME.size and len(value) == LONE_BYTES:
+        _, kind, _, _, stored_sum, tail = LONE_NAME.unpack(payload)
+        data: bytes = b"".join((value, tail))
+        if kind == LONE and page_sum(data, object_id, 0) == stored_sum:
+            return data
+    raise Damaged(f"lone page {object_id} does not match its checksum")
+
+
+# Live slots: one record for 256 consecutive object ids, a 32-bit bitmap of slots for each.
+
+LIVE_SHIFT: Final = 8
+LIVE_OBJECTS: Final = 1 << LIVE_SHIFT
+FULL_MASK: Final = (1 << OBJECT_PAGES) - 1
+
+
+# Presence: which leaves a layer has, a bit each, 8192 to a record (bit i of byte i >> 3).
+
+CHUNK_SHIFT: Final = 13
+CHUNK_LEAVES: Final = 1 << CHUNK_SHIFT
+CHUNK_BYTES: Final = CHUNK_LEAVES // 8
+
+
+def leaf_key(layer: int, leaf: int) -> bytes:
+    """Key of a leaf; of a presence record with the chunk's number in place of the leaf's."""
+    return PAIR.pack(layer, leaf)

@@ -1,0 +1,328 @@
+"""A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
+
+    STORE/lock        flock, held as long as anyone uses the store; says that this is one
+    STORE/data/       the LMDB environment
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Final, TypeVar
+from uuid import uuid4
+from weakref import WeakSet
+
+import lmdb
+import msgspec
+
+from silofs.errors import BadFormat, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
+from silofs.layers import catalog, schema
+from silofs.layers.catalog import Record, State
+from silofs.layers.commit import CommitResult, Committed, apply_all
+from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
+from silofs.layers.gate import Gate
+from silofs.layers.pending import Pending
+from silofs.layers.reader import ReadTxn
+from silofs.layers.transaction import WriteTxn
+from silofs.layers.writer import Writer
+from silofs.limits import MIB, SPACE_FLOOR_BYTES
+
+__all__ = ["CommitResult", "Committed", "Store"]
+
+T = TypeVar("T")
+
+LOCK_FILE: Final = "lock"
+DATA_DIRECTORY: Final = "data"
+NEW_DIRECTORY: Final = "data.new"
+MARK: Final = "silofs store "
+
+WORST_CASE: Final = 3
+"""Bytes that a commit may write for a byte that waits for it: a page alone takes its own page, a leaf's and a share
+of the tree's."""
+WORST_CASE_FIXED: Final = 4 * MIB
+ADMIT_AGE_S: Final = 0.1  # how old the figure for free space may be
+
+
+class Format(Record, frozen=True, array_like=True):
+    """The first record of a store, and the only one that every version can read."""
+
+    version: int
+    engine: str
+    store: bytes  # uuid
+
+
+class Store:
+    """One open store. `submit` and `reader` may be called from any thread."""
+
+    def __init__(self, path: Path, environment: Environment, uuid: bytes, lock_fd: int) -> None:
+        self.path = path
+        self.uuid = uuid
+        self._environment = environment
+        self._lock_fd = lock_fd
+        self._readers: WeakSet[_Reader] = WeakSet()
+        self._gate = Gate()
+        self._free = 0
+        self._free_at = float("-inf")
+        self._closed = False
+        self._start_writer()
+
+    # Making and opening
+
+    @staticmethod
+    def create(path: Path) -> None:
+        """Make an empty store in a new or empty directory. A failure on the way leaves none."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mark, data, new = path / LOCK_FILE, path / DATA_DIRECTORY, path / NEW_DIRECTORY
+        if data.exists() or (mark.exists() and mark.stat().st_size):
+            raise Exists(f"there is a store in {path} already", hint="name another --store, or use this one")
+        lock_fd = _take_lock(path)
+        try:
+            if new.exists():
+                shutil.rmtree(new)  # of an attempt that was interrupted
+            new.mkdir(mode=0o700)
+            environment = Environment(new, create=True)
+            uuid = uuid4().bytes
+            with environment.begin(write=True) as txn:
+                table = environment.tables[schema.META]
+                key = schema.META_FORMAT
+                found = Format(schema.FORMAT_VERSION, schema.ENGINE, uuid)
+                txn.put(key, catalog.encode(schema.META, key, found), db=table)
+                key = schema.META_STATE
+                txn.put(key, catalog.encode(schema.META, key, State()), db=table)
+            environment.close()
+            new.rename(data)
+            _sync_directory(path)
+            os.write(lock_fd, f"{MARK}{uuid.hex()}\n".encode())
+            os.fsync(lock_fd)
+        finally:
+            os.close(lock_fd)
+
+    @classmethod
+    def open(cls, path: Path, *, lock_fd: int | None = None, map_bytes: int | None = None) -> Store:
+        """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
+
+        NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone). Nothing is made here.
+        """
+        mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
+        if not mark.exists() and not data.exists():
+            raise NoStore(f"there is no store in {path}")
+        if not (data / DATA_FILE).exists():
+            if mark.exists() and not mark.stat().st_size and not data.exists():
+                raise NoStore(f"there is no store in {path}")
+            raise BadFormat(f"{data / DATA_FILE} is missing; the store around it is not", hint="restore it from a copy")
+        own_fd = _take_lock(path) if lock_fd is None else -1
+        try:
+            check_file(data / DATA_FILE)
+            found = _look(data)
+            environment = Environment(data, map_bytes=map_bytes)
+        except BaseException:
+            if own_fd >= 0:
+                os.close(own_fd)
+            raise
+        return cls(path, environment, found.store, own_fd)
+
+    def _start_writer(self) -> None:
+        doomed = bool(self._environment_state().rows.get(schema.DOOMED.name))
+        self._writer = Writer(self._environment, self._gate, doomed=doomed)
+        self.write(lambda txn: txn.count(opens=txn.state.opens + 1))
+
+    def _environment_state(self) -> State:
+        with ReadTxn(self._environment) as txn:
+            return txn.state
+
+    def close(self) -> None:
+        """Finish what was submitted; end every reader; let go of the lock. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._writer.stop()
+        for reader in list(self._readers):
+            reader.close()
+        self._environment.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Changing
+
+    def submit(self, function: Callable[[WriteTxn], T]) -> Future[T]:
+        """Run a function in one durable transaction. It may run again (the map was full): no side effects in it."""
+        if self._closed:
+            raise StoreBroken("the store is closed")
+        return self._writer.submit(function)
+
+    def write(self, function: Callable[[WriteTxn], T]) -> T:
+        return self.submit(function).result()
+
+    def commit(
+        self, pending: Sequence[Pending], ring: memoryview, then: Callable[[WriteTxn], T] | None = None
+    ) -> Future[CommitResult[T]]:
+        """Apply what is pending, then `then`, in one transaction. `ring` is where the positions point into.
+
+        The future fails as a whole, and then nothing was applied, or (StoreBroken) that is not known: commit the same
+        again after `reopen`; what was applied is skipped.
+        """
+
+        def run(txn: WriteTxn) -> CommitResult[T]:
+            result: CommitResult[T] = apply_all(txn, pending, ring)
+            if then is not None:
+                result.value = then(txn)
+            for uuid, committed in result.volumes.items():
+                committed.record = txn.volume(uuid) if txn.has_volume(uuid) else None
+            result.chilled = txn.chilled
+            result.txn_id = txn.txn_id
+            return result
+
+        return self.submit(run)
+
+    def admit(self, nbytes: int) -> None:
+        """StoreFull unless `nbytes` (all that is acknowledged and not committed, and the new write) fits at worst."""
+        needed = nbytes * WORST_CASE + WORST_CASE_FIXED
+        if needed <= self._free and time.monotonic() - self._free_at < ADMIT_AGE_S:
+            return
+        status = os.statvfs(self._environment.path)
+        self._free = status.f_bavail * status.f_frsize - SPACE_FLOOR_BYTES
+        self._free_at = time.monotonic()
+        if needed > self._free:
+            raise StoreFull("the file system of the store has no room for another write")
+
+    # Reading
+
+    def reader(self) -> ReadTxn:
+        """The store as it is now, until `renew`."""
+        reader = _Reader(self._environment, self._gate)
+        self._readers.add(reader)
+        return reader
+
+    # After an error
+
+    @property
+    def broken(self) -> bool:
+        """Whether LMDB failed, so that nothing is written until `reopen`."""
+        return self._writer.broken is not None
+
+    def reopen(self) -> None:
+        """After an error of LMDB: open the file anew, look at what reached the disk, and commit twice.
+
+        Every reader must be closed before. StoreBroken when it fails again: then the store stays as it is, read-only.
+        """
+        if self._gate.inside:
+            raise StoreBroken("the store cannot be reopened while it is read")
+        self._writer.stop()
+        self._environment.close()
+        try:
+            data = self.path / DATA_DIRECTORY
+            _drop_cache(data / DATA_FILE)
+            check_file(data / DATA_FILE)
+            _look(data)
+            self._environment = Environment(data)
+            self._start_writer()  # commits once
+            self.write(lambda txn: txn.count(opens=txn.state.opens))
+        except (lmdb.Error, OSError) as error:
+            raise StoreBroken(f"the store cannot be reopened: {error}") from error
+
+    def statistics(self) -> dict[str, int]:
+        """Figures for status and metrics; bytes, pages and counts."""
+        info = self._environment.lmdb.info()
+        with self.reader() as txn:
+            rows = txn.state.rows
+        status = os.statvfs(self._environment.path)
+        return {
+            "file_bytes": (self._environment.path / DATA_FILE).stat().st_size,
+            "used_bytes": (info["last_pgno"] + 1) * 4096,
+            "map_bytes": self._environment.map_bytes,
+            "free_bytes": status.f_bavail * status.f_frsize,
+            "commits": self._writer.commits,
+            "commit_us": int(self._writer.commit_seconds * 1e6),
+            "warm_leaves": len(self._writer.warm),
+            "readers": self._gate.inside,
+            "volumes": rows.get(schema.VOLUME.name, 0),
+            "layers": rows.get(schema.LAYER.name, 0),
+            "snapshots": rows.get(schema.SNAPSHOT.name, 0),
+            "doomed_layers": rows.get(schema.DOOMED.name, 0),
+        }
+
+
+class _Reader(ReadTxn):
+    """A reader that goes through the store's gate."""
+
+    def __init__(self, environment: Environment, gate: Gate) -> None:
+        self._gate = gate
+        self._open = True
+        gate.enter()
+        super().__init__(environment)
+
+    def renew(self) -> None:
+        self._txn.abort()
+        self._gate.leave()
+        self._gate.enter()
+        self._begin(self._environment.begin())
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            super().close()
+            self._gate.leave()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _take_lock(path: Path) -> int:
+    """A descriptor that holds the store's lock."""
+    lock_fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock_fd)
+        raise StoreLocked(f"the store in {path} is in use") from error
+    return lock_fd
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _look(data: Path) -> Format:
+    """The format record, read without being able to change anything. BadFormat when it is not one of this version."""
+    try:
+        environment = lmdb.Environment(
+            str(data), readonly=True, lock=False, max_dbs=1, lib_version=schema.ENGINE_MAJOR, readahead=False
+        )
+    except lmdb.Error as error:
+        raise BadFormat(f"{data / DATA_FILE} cannot be opened: {error}") from error
+    try:
+        with environment.begin() as txn:
+            table = environment.open_db(schema.META.name.encode(), txn=txn, create=False)
+            value = txn.get(schema.META_FORMAT, db=table)
+    except lmdb.Error as error:
+        raise BadFormat(f"{data / DATA_FILE} is not a store of silofs: {error}") from error
+    finally:
+        environment.close()
+    if value is None:
+        raise BadFormat(f"{data / DATA_FILE} is not a store of silofs")
+    version = msgspec.msgpack.decode(schema.open_record(schema.META, schema.META_FORMAT, value))[0]
+    if version != schema.FORMAT_VERSION:
+        raise BadFormat(f"the store in {data.parent} has format {version}; this silofs knows {schema.FORMAT_VERSION}")
+    return catalog.decode(schema.META, schema.META_FORMAT, value, Format)
+
+
+def _drop_cache(data_file: Path) -> None:
+    """Let the next reads come from the disk: after a failed write the page cache shows what never got there."""
+    with data_file.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    last_page(data_file)

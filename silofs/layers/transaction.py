@@ -1,0 +1,9 @@
+"""The write transaction as callers see it: everything that changes the store, over one LMDB transaction."""
+
+from __future__ import annotations
+
+from silofs.layers.incoming import IncomingChanges
+
+
+class WriteTxn(IncomingChanges):
+    """Given to functions that `Store.submit` runs; gone when they return."""

@@ -1,0 +1,136 @@
+"""The one thread that writes to LMDB. A transaction begins, runs and ends in one call on it.
+
+LMDB ties a write transaction to its thread: one begun here and committed there reports success, and the next one
+blocks for ever. So functions come to the thread, never transactions to the functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
+
+import lmdb
+
+from silofs.errors import SiloError, StoreBroken, StoreFull
+from silofs.layers.environment import Environment
+from silofs.layers.gate import Gate
+from silofs.layers.transaction import WriteTxn
+from silofs.layers.warm import WarmLeaves
+from silofs.limits import MIB, WRITER_LEAVES
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REAP_PAUSE_S: Final = 0.005  # between steps of removing doomed layers, for commits to come first
+GROW_WAIT_S: Final = 5.0  # for readers to end, when the map must grow
+FULL_BYTES: Final = 2 * MIB  # with less than this free, an error of LMDB's is taken for a full disk (it says EIO)
+
+
+class Writer:
+    """Runs functions, each in one durable transaction, in the order in which they were submitted."""
+
+    def __init__(self, environment: Environment, gate: Gate, *, doomed: bool) -> None:
+        self._environment = environment
+        self._gate = gate
+        self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._doomed = doomed
+        self.warm = WarmLeaves(WRITER_LEAVES)
+        self.broken: StoreBroken | None = None
+        self.commits = 0
+        self.commit_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="silofs-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[WriteTxn], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._queue.put((function, future))
+        return future
+
+    def stop(self) -> None:
+        """Finish what was submitted, then end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._queue.get(timeout=REAP_PAUSE_S if self._doomed and not self.broken else None)
+            except queue.Empty:
+                self._reap()
+                continue
+            if job is None:
+                return
+            function, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._transact(function))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _reap(self) -> None:
+        try:
+            self._doomed = self._transact(lambda txn: txn.reap())
+        except (SiloError, lmdb.Error) as error:
+            log.error("removed layers keep their space until the next start: %s", error)
+            self._doomed = False
+
+    def _transact(self, function: Callable[[WriteTxn], T]) -> T:
+        """One transaction; again in a larger map when this one was full."""
+        if self.broken is not None:
+            raise self.broken
+        while True:
+            try:
+                return self._attempt(function)
+            except lmdb.MapFullError as error:
+                self._grow(error)
+            except lmdb.Error as error:
+                raise self._diagnose(error) from error
+
+    def _grow(self, error: lmdb.MapFullError) -> None:
+        with self._gate.empty(GROW_WAIT_S) as alone:
+            if not alone:
+                hint = "silofs restart makes it larger"
+                raise StoreFull("the store's map is full, and cannot grow while it is read", hint=hint) from error
+            if not self._environment.grow():
+                raise StoreFull("the store has reached its largest size") from error
+        log.info("the map grew to %d bytes", self._environment.map_bytes)
+
+    def _attempt(self, function: Callable[[WriteTxn], T]) -> T:
+        txn = self._environment.begin(write=True)
+        try:
+            write = WriteTxn(self._environment, txn, self.warm)
+            value = function(write)
+            write.finish()
+            started = time.monotonic()
+            txn.commit()
+        except BaseException:
+            txn.abort()
+            raise
+        self.commits += 1
+        self.commit_seconds += time.monotonic() - started
+        self.warm.drop_leaves(write.chilled)
+        self.warm.update(write.warmed)
+        self._doomed = self._doomed or bool(write.state.rows.get("doomed"))
+        return value
+
+    def _diagnose(self, error: lmdb.Error) -> SiloError:
+        """What a failed transaction means. LMDB says EIO when the disk is full; and after any other failure it may call
+
+        the next commit a success although pages of this one never reached the disk: nothing more is written then.
+        """
+        self.warm.clear()
+        status = os.statvfs(self._environment.path)
+        if status.f_bavail * status.f_frsize < FULL_BYTES or getattr(error, "code", 0) == errno.ENOSPC:
+            return StoreFull("the file system of the store is full")
+        self.broken = StoreBroken(f"the store cannot be written to: {error}")
+        log.error("%s", self.broken)
+        return self.broken
