@@ -51,6 +51,10 @@ class Flights(Generic[K, W]):
         if self._up.get(key) is flight:
             del self._up[key]
 
+    def land_key(self, key: K) -> None:
+        """As `land`, for flights that are never spoilt."""
+        self._up.pop(key, None)
+
     def spoil(self, key: K) -> None:
         """What the flight of `key` brings is no longer true; who joins from now on starts a new one."""
         flight = self._up.pop(key, None)

@@ -41,6 +41,8 @@ RECORD_MAGIC: Final = 0x474F4C53  # "SLOG"
 WRITE: Final = 1  # `length` bytes of payload at `offset`
 ZERO: Final = 2  # `length` zero bytes at `offset`; no payload
 WRAP: Final = 3  # the lap ends here
+EXTEND: Final = 4  # as WRITE, and the volume is at least `offset + length` long from here on
+_KINDS: Final = (WRITE, ZERO, WRAP, EXTEND)
 
 _AREA = 4096
 _TAILS = _AREA
@@ -67,7 +69,7 @@ class Mark(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One replayed record. `position` is where its payload begins in the ring (WRITE only)."""
+    """One replayed record. `position` is where its payload begins in the ring (of WRITE and EXTEND)."""
 
     kind: int
     lsn: int
@@ -281,7 +283,7 @@ class WriteLog:
                 lap, position = lap + 1, 0
                 continue
             lsn += 1
-            end = record.position + (record.length if record.kind == WRITE else 0)
+            end = record.position + (0 if record.kind == ZERO else record.length)
             position = (end + ALIGN - 1) & -ALIGN
             # The head moves with the iterator, so that a caller that stops early has lost nothing but the rest.
             self._lap, self._pos, self._next_lsn = lap, position, lsn
@@ -296,10 +298,10 @@ class WriteLog:
         (expected,) = _SUM.unpack_from(self.ring, position + _RECORD.size)
         if checksum(header, self._secret) != expected:
             return None
-        if version != VERSION or kind not in (WRITE, ZERO, WRAP):
+        if version != VERSION or kind not in _KINDS:
             raise BadFormat(f"the write log has a record of an unknown version or kind ({version}, {kind})")
         body = position + HEADER
-        payload = length if kind == WRITE else 0
+        payload = 0 if kind == ZERO else length
         if payload > LOG_RECORD_MAX or body + payload > self._size:
             raise BadFormat("a record of the write log is longer than any that is written")
         if checksum(self.ring[body : body + payload], self._secret) != payload_sum:

@@ -1,0 +1,327 @@
+"""Commits: what makes acknowledged writes durable, in the background, for fsync, and together with a change.
+
+One commit at a time takes everything that is pending, of all volumes (the cut), and lets new writes go on into fresh
+indices. Who wants something durable joins the batch of the next cut, so any number of fsyncs share one.
+
+Steps that rely on having no await between them, and are marked so below:
+
+- the cut: indices are swapped, and the log marked, in one step; else a record could be before the mark and in no index.
+- the publication: resolved leaves, then the loop's snapshot, then the index that they replace, then the log's space. A
+  read in between would see a page in neither place, or bytes that are being overwritten.
+
+After a failed commit nothing is acknowledged any more. What was cut stays where it is, readable and in the log, and the
+same cut is tried again; an fsync waits for that, or reports the error, and none says that data is durable which is not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import trio
+
+from silofs.engine.reads import Reads
+from silofs.engine.threads import Threads
+from silofs.engine.volume import VolumeState
+from silofs.errors import SiloError, StoreBroken, StoreError
+from silofs.layers.commit import CommitResult
+from silofs.layers.log import Mark, WriteLog
+from silofs.layers.pending import Pending
+from silofs.layers.store import Store
+from silofs.layers.transaction import WriteTxn
+from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES, COMMIT_RETRY_S
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def again(error: SiloError) -> SiloError:
+    """A copy of an error that one task had, for another to raise: an exception carries its own traceback."""
+    return type(error)(error.message, hint=error.hint)
+
+
+class Batch:
+    """Those who wait for one cut to be durable."""
+
+    __slots__ = ("done", "error")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: SiloError | None = None
+
+    def settle(self, error: SiloError | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+
+@dataclass
+class Cut:
+    """Everything that was pending at one moment."""
+
+    mark: Mark
+    volumes: list[VolumeState]
+    pendings: list[Pending]
+    length: int
+    grown: dict[bytes, int] = field(default_factory=dict)
+
+
+class Commits:
+    """Cuts, commits and publishes. `credit`, `waiting` and `kick_at` are what the hot path of writes looks at."""
+
+    def __init__(self, store: Store, write_log: WriteLog, reads: Reads, threads: Threads) -> None:
+        self._store = store
+        self._log = write_log
+        self._reads = reads
+        self._threads = threads
+        self.credit = 0  # bytes that may be admitted before the store is asked again
+        self.waiting = 0  # bytes pending, without those in flight
+        self.kick_at = COMMIT_BYTES
+        self.failed: SiloError | None = None  # the last commit failed, and no other has succeeded since
+        self.refresh: Callable[[Iterable[int]], None] = lambda leaves: None  # set by the engine
+        self._dirty: list[VolumeState] = []
+        self._cut: Cut | None = None  # in flight, or failed and to be tried again
+        self._flying: Batch | None = None
+        self._next = Batch()
+        self._lock = trio.Lock()
+        self._dirt = trio.Event()  # something is pending
+        self._kicked = trio.Event()  # and should be committed now
+        self.reopened = False
+        self.commits = 0
+        self.failures = 0
+        self.flushes = 0
+
+    # Called by writes
+
+    def grew(self, volume: VolumeState) -> None:
+        """A volume has one more record, and is perhaps due."""
+        if volume.clean:
+            volume.clean = False
+            self._dirty.append(volume)
+            self._dirt.set()
+        if self.waiting >= self.kick_at or volume.pending.leaves_touched >= COMMIT_LEAVES:
+            self.kick()
+
+    def kick(self) -> None:
+        """Commit soon."""
+        self.kick_at = 1 << 62  # until the cut
+        self._dirt.set()
+        self._kicked.set()
+
+    def admit(self, length: int) -> None:
+        """Hold the space of a write before it is acknowledged; StoreFull, or why nothing is admitted now."""
+        if length <= self.credit:
+            return
+        if self.failed is not None:
+            raise again(self.failed)
+        unapplied = self.waiting + (self._cut.length if self._cut is not None else 0)
+        ahead = max(length, ADMIT_BYTES)
+        try:
+            self._store.admit(unapplied + ahead)
+        except SiloError:
+            # Near the end every write asks for itself.
+            ahead = length
+            self._store.admit(unapplied + ahead)
+        self.credit = ahead
+
+    def admits(self, length: int) -> bool:
+        """`admit` for the hot path."""
+        try:
+            self.admit(length)
+        except SiloError:
+            return False
+        return True
+
+    # Waiting for commits
+
+    async def round(self) -> None:
+        """Wait until everything that is pending now has been committed, whoever does it; raise if that fails."""
+        batch = self._next
+        self.kick()
+        await batch.done.wait()
+        if batch.error is not None:
+            raise again(batch.error)
+
+    async def flush(self, volume: VolumeState) -> None:
+        """Return when every write to the volume that was acknowledged before the call is durable."""
+        self.flushes += 1
+        if volume.damage is not None:
+            raise again(volume.damage)
+        target = volume.last_lsn
+        while volume.durable_lsn < target:
+            flushing, batch = volume.flushing, self._flying
+            if flushing is not None and batch is not None and flushing.last_lsn >= target:
+                await batch.done.wait()
+                if batch.error is not None:
+                    raise again(batch.error)
+            else:
+                await self.round()
+            if volume.damage is not None:
+                raise again(volume.damage)
+
+    async def transact(self, fn: Callable[[WriteTxn], T]) -> T:
+        """Run `fn` in the transaction that commits everything pending; its value, once durable and published.
+
+        What `fn` raises comes out here; the pending writes are committed all the same.
+        """
+        async with self._lock:
+            # A commit that was begun is finished, however impatient the caller is.
+            with trio.CancelScope(shield=True):
+                value = await self._commit(fn)
+        return cast(T, value)
+
+    async def resize(self, volume: VolumeState, size: int) -> None:
+        """Change the volume's size. Its mutations wait meanwhile, so none lands on the far side of a shrink."""
+        refusal = volume.refusal()
+        if refusal is not None:
+            raise refusal
+        volume.freeze()
+        try:
+            await self.transact(lambda txn: txn.resize(volume.uuid, size))
+        finally:
+            volume.thaw()
+
+    # Committing
+
+    async def run(self) -> None:
+        """Commit by bytes, age and leaves, and for those who wait; for ever."""
+        while True:
+            await self._dirt.wait()
+            with trio.move_on_after(COMMIT_AGE_S):
+                await self._kicked.wait()
+            try:
+                await self.commit()
+            except Exception as error:
+                log.error("a commit failed and is tried again: %r", error)
+                self._reopen()
+                await trio.sleep(COMMIT_RETRY_S)
+
+    async def commit(self) -> None:
+        """Commit everything that is pending."""
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                await self._commit(None)
+
+    async def _commit(self, fn: Callable[[WriteTxn], T] | None) -> T | None:
+        """What failed before, once more; then what is pending now, with `fn`. Holds the lock."""
+        batch = self._flying = self._begin_batch()
+        try:
+            if self._cut is not None:
+                await self._land(self._cut, None)
+            self._cut = self._take()
+            try:
+                value = await self._land(self._cut, fn)
+            except Exception:
+                if fn is None:
+                    raise
+                # `fn` took the writes down with it. They are not its hostages.
+                await self._land(self._cut, None)
+                raise
+        except Exception as error:
+            if self._cut is not None:
+                self._fail(error if isinstance(error, SiloError) else StoreError(f"a commit failed: {error!r}"), batch)
+            raise
+        finally:
+            self._flying = None
+            if not batch.done.is_set():
+                batch.settle()
+        return value
+
+    def _fail(self, error: SiloError, batch: Batch) -> None:
+        """Nothing is acknowledged from here on, until the cut has landed after all."""
+        self.failed = error
+        self.failures += 1
+        self.credit = 0
+        self._dirt.set()
+        batch.settle(error)
+
+    def _begin_batch(self) -> Batch:
+        batch, self._next = self._next, Batch()
+        return batch
+
+    def _take(self) -> Cut:
+        """The cut. No await in here."""
+        volumes = [volume for volume in dict.fromkeys(self._dirty) if not volume.clean]
+        self._dirty = []
+        grown = {volume.uuid: volume.grown for volume in volumes if volume.grown}
+        for volume in volumes:
+            volume.grown = 0
+        cut = Cut(self._log.mark(), volumes, [volume.cut() for volume in volumes], self.waiting, grown)
+        self.waiting = 0
+        self.kick_at = COMMIT_BYTES
+        # Only events that were set are replaced: on the others the background task may be waiting.
+        if self._dirt.is_set():
+            self._dirt = trio.Event()
+        if self._kicked.is_set():
+            self._kicked = trio.Event()
+        return cut
+
+    async def _land(self, cut: Cut, fn: Callable[[WriteTxn], T] | None) -> T | None:
+        """Make a cut durable, then publish it."""
+        if cut.grown:
+            # The volumes first: a commit leaves out what lies beyond their ends.
+            grown = cut.grown
+            await self._threads.wait(self._store.submit(lambda txn: grow(txn, grown)))
+            cut.grown = {}
+        result: CommitResult[T] = CommitResult({}, {})
+        if cut.pendings or fn is not None:
+            result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, fn))
+        self._publish(cut, result, fn is not None)
+        return result.value
+
+    def _publish(self, cut: Cut, result: CommitResult[T], changed: bool) -> None:
+        """Let everybody see what is durable. No await in here; the order matters."""
+        reads = self._reads
+        for volume in cut.volumes:
+            committed = result.volumes.get(volume.uuid)
+            if committed is not None:
+                reads.publish(volume, committed.leaves)
+                for first, end in committed.stale:
+                    reads.forget_leaves(volume, first, end)
+                if committed.record is not None:
+                    volume.record = committed.record
+        reads.renew()
+        for volume, pending in zip(cut.volumes, cut.pendings, strict=True):
+            damage = result.failed.get(volume.uuid)
+            if damage is None:
+                volume.durable_lsn = pending.last_lsn
+            else:
+                volume.damage = damage
+            volume.landed()
+        self._log.release(cut.mark)
+        self._cut = None
+        self.failed = None
+        self.credit = 0
+        self.commits += 1
+        if changed:
+            self.refresh(result.chilled)
+
+    def _reopen(self) -> None:
+        """After an error of LMDB's: once. On a second one the store stays read-only until the daemon is restarted."""
+        if not self._store.broken or self.reopened:
+            return
+        self.reopened = True
+        try:
+            self._reads.reopen()
+        except StoreBroken as error:
+            log.critical("the store is read-only from here on: %s", error)
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "commits": self.commits,
+            "failures": self.failures,
+            "flushes": self.flushes,
+            "waiting_bytes": self.waiting,
+            "credit_bytes": self.credit,
+            "dirty_volumes": len(self._dirty),
+            "failed": str(self.failed) if self.failed else None,
+        }
+
+
+def grow(txn: WriteTxn, sizes: dict[bytes, int]) -> None:
+    """Make volumes at least so long: what writes beyond their ends have done to them."""
+    for uuid, size in sizes.items():
+        if txn.has_volume(uuid) and txn.volume(uuid).size < size:
+            txn.resize(uuid, size)

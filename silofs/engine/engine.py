@@ -1,0 +1,250 @@
+"""The engine: volumes that can be read, written, flushed and changed, over one store and one write log.
+
+Everything here runs on one event loop. The parts own the state: `Reads` the caches and the loop's snapshot, `Writes`
+the admission, `Commits` what is pending and in flight, and this class which volumes are open and what lets them pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import trio
+
+from silofs.blocks import LEAF_SHIFT, PAGE, pages_for
+from silofs.engine.commits import Commits
+from silofs.engine.reads import ZEROS, Reads
+from silofs.engine.recover import Recovered, recover
+from silofs.engine.remote import Fetches, Nobody, Remote
+from silofs.engine.threads import Threads
+from silofs.engine.volume import KEY_SHIFT, VolumeState
+from silofs.engine.writes import Data, Writes
+from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume
+from silofs.layers.catalog import Role, Volume
+from silofs.layers.log import WriteLog
+from silofs.layers.pending import Buffer
+from silofs.layers.store import Store
+from silofs.layers.transaction import WriteTxn
+from silofs.limits import WARM_S
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Volumes by uuid, snapshots by layer. `recover` first, then `run` in a nursery, then the rest."""
+
+    def __init__(
+        self, store: Store, log: WriteLog, *, remote: Remote | None = None, threads: Threads | None = None
+    ) -> None:
+        self.store = store
+        self.log = log
+        self._threads = threads or Threads()
+        self._fetches = Fetches(remote or Nobody())
+        self.reads = Reads(store, log.ring, self._threads, self._fetches)
+        self.commits = Commits(store, log, self.reads, self._threads)
+        self.commits.refresh = self._refresh
+        self.writes = Writes(log, self.reads, self.commits)
+        self._volumes: dict[bytes, VolumeState] = {}
+        self._snapshots: dict[tuple[bytes, str], VolumeState] = {}
+        self._keys = 0
+        # The hot paths, without a call in between.
+        self.read_now = self.reads.read_now
+        self.write_now = self.writes.write_now
+
+    def recover(self) -> Recovered:
+        """Replay what a dead daemon left in the log. Before anything else; raises what a commit raises."""
+        assert not self._volumes, "recovery comes first"
+        found = recover(self.store, self.log)
+        self.reads.renew()
+        return found
+
+    def attach(self, remote: Remote) -> None:
+        """Who brings pages from peers, from now on."""
+        self._fetches.remote = remote
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Commit in the background, and keep what fetches need running, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._fetches.nursery = nursery
+            nursery.start_soon(self.commits.run)
+            nursery.start_soon(self._age)
+            task_status.started()
+
+    async def _age(self) -> None:
+        while True:
+            await trio.sleep(WARM_S)
+            self.reads.age()
+
+    def close(self) -> None:
+        """End the engine's transactions. What is pending stays in the log; `sync` first to leave nothing there."""
+        self.reads.close()
+
+    # Volumes
+
+    def open_volume(self, uuid: bytes) -> VolumeState:
+        """The state of a volume, one object for as long as it exists. Raises NoSuchVolume, Damaged."""
+        volume = self._volumes.get(uuid)
+        if volume is None:
+            record = self.reads.txn.volume(uuid)
+            volume = VolumeState(uuid, self._new_key())
+            volume.last_lsn = volume.durable_lsn = record.applied_lsn
+            self._show(volume, record)
+            self._volumes[uuid] = volume
+        return volume
+
+    def open_snapshot(self, uuid: bytes, name: str) -> VolumeState:
+        """A read-only state over a snapshot's sealed layer. Raises NoSuchSnapshot."""
+        view = self._snapshots.get((uuid, name))
+        if view is None:
+            record = self.reads.txn.find_snapshot(uuid, name)
+            view = VolumeState(uuid, self._new_key())
+            view.record = record
+            view.name = f"{self.reads.txn.volume(uuid).name}@{name}"
+            view.inode, view.size, view.head = record.inode, record.size, record.layer
+            view.remote = self._has_remote(view)
+            view.set_sealed()
+            self._snapshots[uuid, name] = view
+        return view
+
+    def volumes(self) -> Iterable[VolumeState]:
+        """The open volumes."""
+        return self._volumes.values()
+
+    def _new_key(self) -> int:
+        self._keys += 1
+        return self._keys << KEY_SHIFT
+
+    # Reading and writing (the fast ways are read_now and write_now)
+
+    async def read(self, volume: VolumeState, offset: int, length: int) -> Buffer:
+        """See Reads.read."""
+        return await self.reads.read(volume, offset, length)
+
+    async def write(self, volume: VolumeState, offset: int, data: Data, *, sync: bool = False) -> None:
+        """See Writes.write."""
+        await self.writes.write(volume, offset, data, sync=sync)
+
+    async def discard(self, volume: VolumeState, offset: int, length: int) -> None:
+        """See Writes.discard."""
+        await self.writes.discard(volume, offset, length)
+
+    async def flush(self, volume: VolumeState) -> None:
+        """See Commits.flush."""
+        await self.commits.flush(volume)
+
+    async def sync(self) -> None:
+        """Return when everything acknowledged so far, of all volumes, is durable and the log is empty up to here."""
+        await self.commits.commit()
+
+    async def resize(self, volume: VolumeState, size: int) -> None:
+        """Grow or shrink a volume; durable on return."""
+        if size < volume.size and size & (PAGE - 1) and volume.remote:
+            # The page that the end cuts through must be here to be cut.
+            await self.writes.write(volume, size, ZEROS[: min(PAGE - size % PAGE, volume.size - size)])
+        await self.commits.resize(volume, size)
+
+    async def transact(self, fn: Callable[[WriteTxn], T]) -> T:
+        """See Commits.transact. Afterwards every open volume stands as its records say, ownership included."""
+        return await self.commits.transact(fn)
+
+    # Ownership and migration
+
+    def freeze(self, uuid: bytes) -> None:
+        """Let mutations of a volume wait. Nothing is in flight afterwards: an admitted write is a logged write."""
+        self.open_volume(uuid).freeze()
+
+    def thaw(self, uuid: bytes) -> None:
+        """Undo one `freeze`. The gate is then what the volume's role says."""
+        self.open_volume(uuid).thaw()
+
+    def writers(self, uuid: bytes) -> int:
+        """How many handles are open for writing."""
+        volume = self._volumes.get(uuid)
+        return volume.writers if volume is not None else 0
+
+    def apply_ownership(self, uuids: Iterable[bytes]) -> None:
+        """Switch the gates of these volumes to what their records say now, all in one step."""
+        self.reads.renew()
+        for uuid in uuids:
+            volume = self._volumes.get(uuid)
+            if volume is not None:
+                self._reload(volume)
+
+    def acknowledged(self, uuids: Iterable[bytes]) -> None:
+        """The new owner of these volumes has said that it owns them: their reads are forwarded to it from now on."""
+        for uuid in uuids:
+            self.open_volume(uuid).acknowledged()
+
+    def filled(self, uuid: bytes, leaves: Iterable[int]) -> None:
+        """Pages of these leaves have arrived in the store, in whatever layer of the volume's chain."""
+        self.reads.renew()
+        numbers = list(leaves)
+        for volume in (*self._volumes.values(), *self._snapshots.values()):
+            if volume.remote:
+                for number in numbers:
+                    self.reads.forget_leaves(volume, number, number + 1)
+                volume.remote = self._has_remote(volume)
+
+    # What the records say
+
+    def _refresh(self, chilled: Iterable[int]) -> None:
+        """Called in the step that publishes a transaction. `chilled`: leaves that changed below heads."""
+        for number in chilled:
+            for volume in (*self._volumes.values(), *self._snapshots.values()):
+                self.reads.forget_leaves(volume, number, number + 1)
+        for volume in self._volumes.values():
+            self._reload(volume)
+        for (uuid, name), view in list(self._snapshots.items()):
+            try:
+                view.record = self.reads.txn.find_snapshot(uuid, name)
+                view.remote = view.remote and self._has_remote(view)
+            except (NoSuchSnapshot, NoSuchVolume):
+                view.set_gone()
+                del self._snapshots[uuid, name]
+        for uuid in [uuid for uuid, volume in self._volumes.items() if volume.record is None]:
+            del self._volumes[uuid]
+
+    def _reload(self, volume: VolumeState) -> None:
+        try:
+            record = self.reads.txn.volume(volume.uuid)
+        except NoSuchVolume:
+            volume.record = None
+            volume.set_gone()
+            self.reads.forget(volume)
+            return
+        except Damaged as error:
+            volume.damage = error
+            return
+        old_head, old_size = volume.head, volume.size
+        if old_head != record.head and self.reads.txn.layer(record.head).parent != old_head:
+            # Not merely sealed: what the chain holds is another. Flights of the old key find nobody.
+            self.reads.forget(volume)
+            volume.key = self._new_key()
+        elif record.size < old_size:
+            first, last = pages_for(record.size) >> LEAF_SHIFT, pages_for(old_size) >> LEAF_SHIFT
+            self.reads.forget_leaves(volume, first, last + 1)
+        self._show(volume, record)
+
+    def _show(self, volume: VolumeState, record: Volume) -> None:
+        volume.record = record
+        volume.name, volume.inode, volume.head = record.name, record.inode, record.head
+        # Writes that came after the cut may have made it longer already.
+        volume.size = max(record.size, volume.grown)
+        volume.remote = self._has_remote(volume)
+        ownership = self.reads.txn.ownership(volume.uuid)
+        if ownership is None:
+            volume.set_role(Role.NONE, 0)
+        else:
+            volume.set_role(ownership.role, ownership.epoch)
+
+    def _has_remote(self, volume: VolumeState) -> bool:
+        return any(layer.remote_pages for layer in self.reads.txn.chain(volume.head))
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "volumes": len(self._volumes),
+            "reads": self.reads.statistics(),
+            "writes": self.writes.statistics(),
+            "commits": self.commits.statistics(),
+            "log": self.log.statistics(),
+        }
