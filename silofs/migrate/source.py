@@ -98,7 +98,8 @@ class SourceMachine(Machine):
     ) -> tuple[SourceMachine, list[ev.Action]]:
         """A new migration of the group `ownership` to the store `peer`. `origin` not empty: a RETURN, of that one.
 
-        Busy or UserError (usage) if it may not start; nothing was changed then.
+        Busy or UserError (usage) if it may not start; nothing was changed then. The shell sees to it that no other
+        SourceMachine has one of the volumes (their records say so only once the first commit landed).
         """
         returning = bool(origin)
         for record in ownership:
@@ -241,7 +242,8 @@ class SourceMachine(Machine):
                 self._nacked(message, now)
             case ms.DigestAsk() if self.state in AFTER_CEDING:
                 self._digest_token = self._next()
-                self._do(ev.ComputeDigests(self._digest_token, self.record.bases, self.record.segments))
+                bases = () if self.record.returning else self.record.bases  # RETURN: the base is not all here
+                self._do(ev.ComputeDigests(self._digest_token, bases, self.record.segments))
             case ms.Complete():
                 self._complete(message, now)
             case ms.CancelAsk() if self.state in BEFORE_CEDING:

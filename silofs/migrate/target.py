@@ -202,16 +202,17 @@ class TargetMachine(Machine):
     def _on_timeout(self, now: float) -> None:
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
-            retry, self._retry = self._retry, None
-            assert retry is not None
+            assert self._retry is not None
             self._commit_token = self._next()
-            self._do(replace(retry, token=self._commit_token, rewrite=True))
+            self._retry = replace(self._retry, token=self._commit_token, rewrite=True)
+            self._do(self._retry)
         if self.order.flying and self.session is not None and now >= self._progress_at + limits.PULL_STALL_S:
             self.order.reset()
             self._restart_sweep()
         if self._due is not None and now >= self._due:
             self._due = None
-            self._asked.clear()  # maps that were not answered are asked for again
+            queued = {part.segment for part in self._parts}
+            self._asked = {uuid: request for uuid, request in self._asked.items() if uuid in queued}
             self._remind(now)
         self._advance(now)
 
@@ -581,7 +582,7 @@ class TargetMachine(Machine):
             parts, self._parts = tuple(self._parts), []
             self._commit((), self._with_parts(record, parts), maps=parts)
             for part in parts:
-                del self._asked[part.segment]
+                self._asked.pop(part.segment, None)
 
     def _matches(self, record: MigrationRecord, grant: ms.Grant) -> bool:
         return (record.bases, record.segments, record.heads, record.snapshots) == (
@@ -728,7 +729,7 @@ class TargetMachine(Machine):
         self.state = State.VERIFYING
         self._ours = self._theirs = None
         self._wait = self._next()
-        self._do(ev.Verify(self._wait, record.bases, record.segments))
+        self._do(ev.Verify(self._wait, () if self.returning else record.bases, record.segments))
         self._remind(now)
 
     def _back_to_pulling(self, now: float) -> None:
