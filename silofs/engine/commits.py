@@ -116,14 +116,13 @@ class Commits:
             return
         if self.failed is not None:
             raise again(self.failed)
-        unapplied = self.waiting + (self._cut.length if self._cut is not None else 0)
         ahead = max(length, ADMIT_BYTES)
         try:
-            self._store.admit(unapplied + ahead)
+            self._store.admit(self.unapplied + ahead)
         except SiloError:
             # Near the end every write asks for itself.
             ahead = length
-            self._store.admit(unapplied + ahead)
+            self._store.admit(self.unapplied + ahead)
         self.credit = ahead
 
     def admits(self, length: int) -> bool:
@@ -133,6 +132,11 @@ class Commits:
         except SiloError:
             return False
         return True
+
+    @property
+    def unapplied(self) -> int:
+        """Bytes of writes that are in the log and not in the store."""
+        return self.waiting + (self._cut.length if self._cut is not None else 0)
 
     # Waiting for commits
 

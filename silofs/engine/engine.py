@@ -106,6 +106,11 @@ class Engine:
             self._snapshots[uuid, name] = view
         return view
 
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes acknowledged and not yet in the store."""
+        return self.commits.unapplied
+
     def volumes(self) -> Iterable[VolumeState]:
         """The open volumes."""
         return self._volumes.values()
