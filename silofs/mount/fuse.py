@@ -22,22 +22,24 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
+from silofs import failpoints, verbs
 from silofs.blocks import PAGE
-from silofs.engine import Engine, VolumeState
-from silofs.errors import Busy, Exists, NoSuchVolume, ReadOnly, SiloError, Unsupported
+from silofs.engine import Engine, Gate, VolumeState
+from silofs.errors import Exists, NoSuchVolume, ReadOnly, SiloError, Unsupported
 from silofs.layers.catalog import Snapshot, Volume
 from silofs.layers.handles import Handle, HandleTable
 from silofs.mount import tree
+from silofs.mount.names import Names
 from silofs.mount.session import Hooks
-from silofs.mount.tree import ROOT, SNAPSHOTS, SNAPSHOTS_NAME, Entry, Tree
+from silofs.mount.tree import ROOT, SNAPSHOTS, SNAPSHOTS_NAME, Entry
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,21 @@ class Space:
     free: int
 
 
-def guarded(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+@dataclass(frozen=True)
+class Volumes:
+    """What the operations work on; made when the store is open.
+
+    before_change: awaited with (verb, volume's name) before a `rm`, `rename` or `resize`: a migration may refuse it.
+    """
+
+    engine: Engine
+    handles: HandleTable
+    view: Callable[[], verbs.View]
+    space: Callable[[], Space]
+    before_change: Callable[[str, str], Awaitable[None]]
+
+
+def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """A handler out of which nothing but FUSEError and trio's own BaseExceptions comes."""
 
     @wraps(handler)
@@ -98,19 +114,17 @@ class Adapter(Hooks):
     def __init__(self) -> None:
         super().__init__()
         self.counters = Counters()
+        self._volumes: Volumes
         self._engine: Engine
-        self._handles: HandleTable
-        self._space: Callable[[], Space]
+        self._names: Names
         self._files: dict[int, _File] = {}
-        self._tree = Tree()
-        self._tree_version = -1
 
-    def bind(self, engine: Engine, handles: HandleTable, space: Callable[[], Space]) -> None:
+    def bind(self, volumes: Volumes) -> None:
         """Take the engine, and the handles that were open when the last daemon died."""
-        self._engine = engine
-        self._handles = handles
-        self._space = space
-        for handle in handles.items():
+        self._volumes = volumes
+        self._engine = volumes.engine
+        self._names = Names(volumes.engine)
+        for handle in volumes.handles.items():
             try:
                 self._register(handle)
             except SiloError as error:
@@ -158,10 +172,13 @@ class Adapter(Hooks):
     # Handles
 
     def _register(self, handle: Handle) -> None:
-        state = self._engine.open_layer(handle.uuid, handle.layer) if handle.layer else None
-        file = _File(state or self._engine.open_volume(handle.uuid), handle.flags)
-        self._files[handle.id] = file
-        self._engine.opened(file.state, file.writable)
+        if handle.layer:
+            snapshot = self._names.snapshot(handle.uuid, handle.layer)
+            state = self._engine.open_snapshot(handle.uuid, snapshot.name)
+        else:
+            state = self._engine.open_volume(handle.uuid)
+        file = self._files[handle.id] = _File(state, handle.flags)
+        state.opened(file.writable)
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -169,25 +186,28 @@ class Adapter(Hooks):
 
     async def _open(self, entry: Entry, flags: int) -> FileInfo:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if isinstance(entry, Volume):
-            uuid, layer = entry.uuid, 0
-            state = self._engine.open_volume(uuid)
-            if writable:
-                self._engine.check_writer(state)
-            if flags & os.O_TRUNC and state.size:
-                await self._engine.resize(state, 0)
-        else:
-            uuid, layer = entry.volume, entry.layer
+        if isinstance(entry, Snapshot):
             if writable or flags & os.O_TRUNC:
                 raise ReadOnly("a snapshot cannot be written")
+            uuid, layer = entry.volume, entry.layer
+        else:
+            uuid, layer = entry.uuid, 0
+            state = self._engine.open_volume(uuid)
+            refusal = state.refusal() if writable else None
+            # A volume that is still coming may be opened: QEMU does so long before it writes.
+            if refusal is not None and state.gate is not Gate.INCOMING:
+                raise refusal
+            if flags & os.O_TRUNC and state.size:
+                await self._resize(entry, 0)
         # No await from here to the reply, so that a daemon that dies leaves no handle that nobody knows.
-        fh = self._handles.allocate(uuid, flags, layer=layer)
-        handle = self._handles.get(fh)
+        handles = self._volumes.handles
+        fh = handles.allocate(uuid, flags, layer=layer)
+        handle = handles.get(fh)
         assert handle is not None
         try:
             self._register(handle)
         except BaseException:
-            self._handles.release(fh)
+            handles.release(fh)
             raise
         return FileInfo(fh=fh, direct_io=True, keep_cache=False)
 
@@ -196,7 +216,7 @@ class Adapter(Hooks):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         stem = tree.new_volume_name(parent_inode, name)
-        entry = self._now().child(ROOT, name)
+        entry = self._names.child(ROOT, name)
         if entry is None:
             uid, gid, permissions = ctx.uid, ctx.gid, stat.S_IMODE(mode)
             entry = await self._engine.transact(
@@ -204,15 +224,15 @@ class Adapter(Hooks):
             )
         elif flags & os.O_EXCL:
             raise Exists(f"{stem} exists")
-        info = await self._open(entry, flags & ~os.O_TRUNC if isinstance(entry, Volume) and not entry.size else flags)
-        return info, self._attributes(self._entry(entry.inode))
+        attributes = await self._attributes(entry)
+        return await self._open(entry, flags), attributes
 
     @guarded
     async def release(self, fh: int) -> None:
-        self._handles.release(fh)
+        self._volumes.handles.release(fh)
         file = self._files.pop(fh, None)
         if file is not None:
-            self._engine.closed(file.state, file.writable)
+            file.state.closed(file.writable)
 
     @guarded
     async def flush(self, fh: int) -> None:
@@ -227,39 +247,31 @@ class Adapter(Hooks):
 
     # Names
 
-    def _now(self) -> Tree:
-        """The names as the catalog has them."""
-        version = self._engine.catalog_version
-        if version != self._tree_version:
-            volumes, snapshots = self._engine.catalog()
-            self._tree = Tree(volumes, snapshots)
-            self._tree_version = version
-        return self._tree
-
     def _entry(self, inode: int) -> Entry:
-        entry = self._now().get(inode)
+        entry = self._names.get(inode)
         if entry is None:
-            raise FUSEError(errno.EISDIR if self._tree.is_directory(inode) else errno.ESTALE)
+            raise FUSEError(errno.EISDIR if tree.is_directory(inode) else errno.ESTALE)
         return entry
 
     @guarded
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if parent_inode == ROOT and name == SNAPSHOTS_NAME:
             return self._directory(SNAPSHOTS)
-        entry = self._now().child(parent_inode, name)
+        entry = self._names.child(parent_inode, name)
         if entry is None:
             raise FUSEError(errno.ENOENT)
-        return self._attributes(entry)
+        return await self._attributes(entry)
 
     async def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:
         """Inodes are never used again, so nobody has to know which ones the kernel remembers."""
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """EBUSY while it is open or has snapshots: `rm` must not be a way to lose them (`silofs rm` asks)."""
         volume = self._volume(parent_inode, name)
-        if self._engine.open_volume(volume.uuid).open_count:
-            raise Busy(f"{volume.name} is open")
-        await self._engine.transact(lambda txn: txn.delete_volume(volume.uuid))
+        await self._volumes.before_change("rm", volume.name)
+        view = self._volumes.view()
+        await self._engine.transact(lambda txn: verbs.rm(txn, {"volume": volume.name}, view))
 
     @guarded
     async def rename(
@@ -278,13 +290,15 @@ class Adapter(Hooks):
             raise FUSEError(errno.EINVAL)
         if stem == volume.name:
             return
-        if self._now().child(ROOT, name_new) is not None:
+        if self._names.child(ROOT, name_new) is not None:
             raise Exists(f"{stem} exists")
-        await self._engine.transact(lambda txn: txn.rename(volume.uuid, stem))
+        await self._volumes.before_change("rename", volume.name)
+        view = self._volumes.view()
+        await self._engine.transact(lambda txn: verbs.rename(txn, {"old": volume.name, "new": stem}, view))
 
     def _volume(self, parent: int, name: bytes) -> Volume:
         """The volume that a call wants to change by its name."""
-        entry = self._now().child(parent, name)
+        entry = self._names.child(parent, name)
         if isinstance(entry, Volume):
             return entry
         if entry is not None or parent == SNAPSHOTS:
@@ -315,21 +329,20 @@ class Adapter(Hooks):
 
     @guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        tree_now = self._now()
-        return self._directory(inode) if tree_now.is_directory(inode) else self._attributes(self._entry(inode))
+        return self._directory(inode) if tree.is_directory(inode) else await self._attributes(self._entry(inode))
 
     @guarded
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        if self._now().is_directory(inode):
+        if tree.is_directory(inode):
             raise FUSEError(errno.EPERM)
         entry = self._entry(inode)
-        if not isinstance(entry, Volume):
+        if isinstance(entry, Snapshot):
             raise ReadOnly("a snapshot cannot be changed")
         uuid = entry.uuid
         if fields.update_size:
-            await self._engine.resize(self._engine.open_volume(uuid), attr.st_size)
+            await self._resize(entry, attr.st_size)
         changes: dict[str, int] = {}
         if fields.update_uid:
             changes["uid"] = attr.st_uid
@@ -341,23 +354,21 @@ class Adapter(Hooks):
             changes["mtime_ns"] = attr.st_mtime_ns
         if changes:
             await self._engine.transact(lambda txn: txn.set_attr(uuid, **changes))
-        return self._attributes(self._entry(inode))
+        return await self._attributes(self._entry(inode))
 
-    def _attributes(self, entry: Entry) -> EntryAttributes:
+    async def _resize(self, volume: Volume, size: int) -> None:
+        await self._volumes.before_change("resize", volume.name)
+        await self._engine.resize(self._engine.open_volume(volume.uuid), size)
+
+    async def _attributes(self, entry: Entry) -> EntryAttributes:
+        shown = await self._names.shown(entry)
         attr = EntryAttributes()
         attr.entry_timeout = attr.attr_timeout = 0
-        attr.st_ino = entry.inode
-        if isinstance(entry, Snapshot):
-            owner = self._tree.volumes[entry.volume]
-            permissions, size, pages = owner.mode & 0o444, entry.size, entry.data_pages
-            attr.st_mtime_ns = attr.st_ctime_ns = attr.st_atime_ns = entry.created_ns
-        else:
-            owner, size, pages = self._engine.shown(entry)
-            permissions = owner.mode
-            attr.st_mtime_ns = attr.st_ctime_ns = attr.st_atime_ns = owner.mtime_ns
-        attr.st_mode = stat.S_IFREG | permissions
-        attr.st_uid, attr.st_gid = owner.uid, owner.gid
-        attr.st_size, attr.st_blocks = size, pages * SECTORS_PER_PAGE
+        attr.st_ino = shown.inode
+        attr.st_mode = stat.S_IFREG | shown.mode
+        attr.st_uid, attr.st_gid = shown.uid, shown.gid
+        attr.st_size, attr.st_blocks = shown.size, shown.pages * SECTORS_PER_PAGE
+        attr.st_mtime_ns = attr.st_ctime_ns = attr.st_atime_ns = shown.mtime_ns
         return attr
 
     def _directory(self, inode: int) -> EntryAttributes:
@@ -375,12 +386,13 @@ class Adapter(Hooks):
 
     @guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        space = self._space()
+        failpoints.hit("mount.statfs")
+        space = self._volumes.space()
         data = StatvfsData()
         data.f_bsize = data.f_frsize = PAGE
         data.f_blocks = space.total // PAGE
         data.f_bfree = data.f_bavail = space.free // PAGE
-        data.f_files = len(self._now().volumes)
+        data.f_files = len(self._names.tree().volumes)
         data.f_ffree = data.f_favail = 1 << 20
         data.f_namemax = 128 + len(tree.SUFFIX)
         return data
@@ -405,20 +417,19 @@ class Adapter(Hooks):
 
     @guarded
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        if not self._now().is_directory(inode):
+        if not tree.is_directory(inode):
             raise FUSEError(errno.ENOTDIR)
         return inode  # a listing has no state, so that it outlives the daemon
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        now = self._now()
         if start_id < DOT and not pyfuse3.readdir_reply(token, b".", self._directory(fh), DOT):
             return
         if start_id < DOTDOT and not pyfuse3.readdir_reply(token, b"..", self._directory(ROOT), DOTDOT):
             return
         after = start_id - DOTDOT
-        for name, entry in now.list(fh, after):
-            if not pyfuse3.readdir_reply(token, name, self._attributes(entry), entry.inode + DOTDOT):
+        for name, entry in self._names.tree().list(fh, after):
+            if not pyfuse3.readdir_reply(token, name, await self._attributes(entry), entry.inode + DOTDOT):
                 return
         if fh == ROOT and after < SNAPSHOTS:
             pyfuse3.readdir_reply(token, SNAPSHOTS_NAME, self._directory(SNAPSHOTS), SNAPSHOTS + DOTDOT)

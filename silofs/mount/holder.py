@@ -275,7 +275,8 @@ class Holder:
         if child is not self._current:
             if child in self._spares:
                 self._note(f"waiting daemon {child.pid} ended with status {status}")
-                self._promote_at = max(self._promote_at, time.monotonic() + limits.CRASH_DELAY_S)
+                self._promote_at = time.monotonic() + self._backoff.failed()
+                self._publish()
             self._drop_spare(child, f"the new daemon ended with status {status}")
             return
         self._current = None

@@ -24,6 +24,10 @@ SUFFIX = limits.IMAGE_SUFFIX.encode()
 Entry = Volume | Snapshot
 
 
+def is_directory(inode: int) -> bool:
+    return inode in (ROOT, SNAPSHOTS)
+
+
 def volume_name(name: bytes) -> str | None:
     """The volume that a file of this name in the root would be; None if none can have it."""
     if not name.endswith(SUFFIX):
@@ -35,6 +39,13 @@ def volume_name(name: bytes) -> str | None:
     if limits.NAME.fullmatch(stem) is None or stem.endswith(limits.IMAGE_SUFFIX):
         return None
     return stem
+
+
+def snapshot_name(name: bytes) -> tuple[str, str] | None:
+    """(volume, snapshot) of a file of this name among the snapshots; None if none can have it."""
+    volume, at, rest = name.partition(b"@")
+    stem, own = volume_name(volume + SUFFIX), volume_name(rest)
+    return (stem, own) if at and stem is not None and own is not None else None
 
 
 def new_volume_name(parent: int, name: bytes) -> str:
@@ -70,9 +81,6 @@ class Tree:
             self._by_inode[entry.inode] = entry
             self._names[directory][file_name(entry, self.volumes)] = entry
         self._order[directory] = sorted(entry.inode for entry in self._names[directory].values())
-
-    def is_directory(self, inode: int) -> bool:
-        return inode in self._names
 
     def get(self, inode: int) -> Entry | None:
         """The volume or snapshot with this inode."""

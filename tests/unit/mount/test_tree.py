@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from silofs import limits
 from silofs.errors import BadName
 from silofs.layers.catalog import Snapshot, Volume
-from silofs.mount.tree import ROOT, SNAPSHOTS, Tree, new_volume_name, volume_name
+from silofs.mount.tree import ROOT, SNAPSHOTS, Tree, is_directory, new_volume_name, snapshot_name, volume_name
 
 
 def volume(name: str, inode: int) -> Volume:
@@ -29,7 +29,7 @@ def test_lookup_by_name_and_by_inode() -> None:
     assert tree.child(SNAPSHOTS, b"vm1.img") is None
     assert tree.child(2, b"vm1.img") is None
     assert tree.get(3) is vm2 and tree.get(4) is daily and tree.get(ROOT) is None
-    assert tree.is_directory(ROOT) and tree.is_directory(SNAPSHOTS) and not tree.is_directory(2)
+    assert is_directory(ROOT) and is_directory(SNAPSHOTS) and not is_directory(2)
 
 
 def test_a_listing_goes_on_where_it_stopped_although_names_came_and_went() -> None:
@@ -78,3 +78,9 @@ def test_whatever_is_accepted_is_a_name(name: bytes) -> None:
     if stem is not None:
         assert limits.NAME.fullmatch(stem)
         assert stem.encode() + b".img" == name
+
+
+def test_names_of_snapshots() -> None:
+    assert snapshot_name(b"vm1@daily.img") == ("vm1", "daily")
+    for name in (b"vm1.img", b"@daily.img", b"vm1@.img", b"vm1@daily", b"a@b@c.img", b"vm1.img@daily.img"):
+        assert snapshot_name(name) is None

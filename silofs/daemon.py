@@ -1,0 +1,266 @@
+"""The daemon: puts store, write log, engine, FUSE session and control socket together, and takes them apart again.
+
+Started by the holder as `python -m silofs.daemon`, with two inherited sockets: the channel to the holder and the FUSE
+session. Everything else comes over the channel when its time has come (silofs/mount/channel.py has the messages): the
+store's lock and the log with `open`, the mount with `serve`. Until `open`, this process has nothing that another one
+could miss, and may be killed or may wait for weeks as somebody's successor.
+
+Order at the end: no request is read any more, those that were read are answered (at most DRAIN_S), everything is
+committed, the store is closed, and `bye clean` tells the holder that the log is empty. A holder that died is noticed by
+the channel's end: the daemon goes on serving, without anybody who would replace it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from silofs import __version__, control, limits
+from silofs.engine import Engine
+from silofs.errors import SiloError, TryAgain
+from silofs.layers.log import WriteLog
+from silofs.layers.store import Store
+from silofs.mount.channel import Channel, ChannelError, Message
+from silofs.mount.fuse import Adapter, Space, Volumes
+from silofs.mount.session import Session
+from silofs.service import Service
+
+log = logging.getLogger("silofs.daemon")
+
+SOCKET = "control.sock"
+SESSION_OPTIONS = {"fsname=silofs", "subtype=silofs"}  # the mount's real options are the holder's
+
+
+class Holder:
+    """The daemon's end of the channel."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._answers: dict[int, str] = {}
+        self._asked = 0
+        self._changed = trio.Event()
+        self.pid: int | None = os.getppid()
+
+    async def receive(self) -> Message | None:
+        """The next message; None when the holder is gone."""
+        while True:
+            try:
+                return self._channel.receive()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._channel.fileno())
+            except ChannelError:
+                log.exception("the holder sent what is no message")
+
+    def send(self, op: str, **fields: Any) -> None:
+        self._channel.send(op, **fields)
+
+    def answered(self, message: Message) -> None:
+        self._answers[int(message.fields.get("id", 0))] = str(message.fields.get("error", ""))
+        self.changed()
+
+    def changed(self) -> None:
+        """Something happened that `restart` waits for."""
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    async def restart(self, draining: trio.Event) -> None:
+        """Ask for a successor; returns when it is warm and this daemon was told to drain. Raises its refusal."""
+        if self.pid is None:
+            raise TryAgain("the holder is dead, so nobody could start another daemon", hint="stop the VMs and remount")
+        self._asked += 1
+        mine = self._asked
+        self.send("restart", id=mine)
+        while not draining.is_set():
+            if mine in self._answers:
+                raise SiloError(self._answers.pop(mine), hint="the present daemon goes on; see silofs.log in the store")
+            await self._changed.wait()
+
+
+class Daemon:
+    """One generation of a mount's daemon."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._holder = Holder(Channel.inherited(args.channel))
+        self._adapter = Adapter()
+        self._session = Session(self._adapter, args.session, SESSION_OPTIONS)
+        self._store: Store
+        self._log: WriteLog
+        self._engine: Engine
+        self._state = "starting"
+        self._draining = trio.Event()
+        self._serving = trio.CancelScope()
+        self._restarts = 0
+        self._capabilities: list[str] = []
+
+    # Coming up
+
+    async def run(self) -> int:
+        """The whole life of this process; its exit status."""
+        opened = False
+        while True:
+            message = await self._holder.receive()
+            if message is None:
+                return 1  # the holder died before it was this daemon's turn
+            if message.op == "init":
+                await self._session.initialise()
+            elif message.op == "open":
+                refused = self._open(*message.fds)
+                if refused is not None:
+                    return refused
+                opened = True
+                self._holder.send("opened")
+            elif message.op == "serve" and opened:
+                return await self._serve(message)
+            elif message.op == "quit" and opened:
+                self._close()  # recover() has committed the log, and nothing was admitted since
+                return 0
+
+    def _open(self, lock: int, memfd: int) -> int | None:
+        """Open the store and replay the log; the exit status when that cannot be done, after the holder was told."""
+        try:
+            self._store = Store.open(Path(self._args.store), lock_fd=lock)
+            if os.fstat(memfd).st_size == 0:
+                WriteLog.format(memfd, self._store.uuid)
+            self._log = WriteLog.open(memfd, self._store.uuid)
+            self._engine = Engine(self._store, self._log)
+            self._engine.recover()
+        except (SiloError, OSError) as error:
+            refusal = error if isinstance(error, SiloError) else SiloError(str(error))
+            log.error("cannot open the store: %s", refusal)
+            self._holder.send(
+                "failed", code=refusal.code, message=refusal.message, hint=refusal.hint, exit=refusal.exit_code
+            )
+            return refusal.exit_code
+        return None
+
+    # Serving
+
+    async def _serve(self, message: Message) -> int:
+        (fuse,) = message.fds
+        self._restarts = int(message.fields.get("restarts", 0))
+        self._capabilities = [str(word) for word in message.fields.get("capabilities", [])]
+        service = Service(self._engine, host=self)
+
+        async def before_change(verb: str, name: str) -> None:
+            if service.before_change is not None:
+                await service.before_change(verb, name)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._engine.run)
+            self._adapter.bind(Volumes(self._engine, self._log.handles, service.view, self._space, before_change))
+            await nursery.start(control.serve, self._store.path / SOCKET, service)
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._signals)
+            self._session.attach(fuse)
+            self._state = "serving"
+            self._holder.send("serving")
+            with self._serving:
+                await self._session.serve()
+            self._state = "stopping"
+            await self._engine.sync()
+            nursery.cancel_scope.cancel()
+        self._close()
+        return 0
+
+    def _close(self) -> None:
+        self._engine.close()
+        self._store.close()
+        self._holder.send("bye", clean=True)
+
+    async def _listen(self) -> None:
+        """What the holder says while this daemon serves."""
+        while True:
+            message = await self._holder.receive()
+            if message is None:
+                self._holder.pid = None
+                log.warning("the holder is dead: this daemon goes on, but nobody will replace it")
+                self._holder.changed()
+                return
+            if message.op == "ping":
+                self._holder.send("pong", n=message.fields.get("n"))
+            elif message.op == "drain":
+                self._drain()
+            elif message.op == "answer":
+                self._holder.answered(message)
+
+    async def _signals(self) -> None:
+        """SIGTERM drains; a second one does not wait for the requests that are still unanswered."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as arrived:
+            async for _ in arrived:
+                if self._draining.is_set():
+                    self._serving.cancel()
+                self._drain()
+
+    def _drain(self) -> None:
+        if self._draining.is_set():
+            return
+        self._draining.set()
+        self._state = "stopping"
+        # Requests that wait for a peer or a freeze are given up: the next daemon gets them again.
+        self._serving.deadline = trio.current_time() + limits.DRAIN_S
+        self._session.drain()
+        self._holder.changed()
+
+    # What the control socket's verbs need
+
+    async def restart(self) -> None:
+        """`silofs restart`: returns once a successor is ready and this daemon is leaving. Raises why it is not."""
+        await self._holder.restart(self._draining)
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's part of `silofs status`."""
+        return {
+            "state": self._state,
+            "version": __version__,
+            "mountpoint": self._args.mountpoint,
+            "store": str(self._store.path),
+            "daemon_pid": os.getpid(),
+            "holder_pid": self._holder.pid,
+            "listen": self._args.listen,
+            "restarts": self._restarts,
+            "capabilities": self._capabilities,
+            "open_handles": len(self._log.handles),
+            "requests_refused": self._adapter.counters.refused,
+            "handler_bugs": self._adapter.counters.bugs,
+        }
+
+    def _space(self) -> Space:
+        space = os.statvfs(self._store.path)
+        free = max(0, space.f_bavail * space.f_frsize - limits.SPACE_FLOOR_BYTES)
+        return Space(total=space.f_blocks * space.f_frsize, free=free)
+
+
+def _be_killed_first() -> None:
+    """Undo what was inherited from the holder: when memory is short, the daemon is the one that can be replaced."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="silofs-daemon")
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--mountpoint", required=True)
+    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--session", type=int, required=True)
+    parser.add_argument("--listen")
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+    )
+    _be_killed_first()
+    os.set_inheritable(args.session, False)
+    return trio.run(Daemon(args).run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
