@@ -16,6 +16,7 @@ same cut is tried again; an fsync waits for that, or reports the error, and none
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -99,6 +100,7 @@ class Commits:
         """A volume has one more record, and is perhaps due."""
         if volume.clean:
             volume.clean = False
+            volume.written_ns = time.time_ns()
             self._dirty.append(volume)
             self._dirt.set()
         if self.waiting >= self.kick_at or volume.pending.leaves_touched >= COMMIT_LEAVES:
@@ -269,13 +271,13 @@ class Commits:
             grown = cut.grown
             await self._threads.wait(self._store.submit(lambda txn: grow(txn, grown)))
             cut.grown = {}
-        result: CommitResult[T] = CommitResult({}, {})
+        result: CommitResult[T | None] = CommitResult({}, {})
         if cut.pendings or fn is not None:
-            result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, fn))
+            result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, _then(cut, fn)))
         self._publish(cut, result, fn is not None)
         return result.value
 
-    def _publish(self, cut: Cut, result: CommitResult[T], changed: bool) -> None:
+    def _publish(self, cut: Cut, result: CommitResult[T | None], changed: bool) -> None:
         """Let everybody see what is durable. No await in here; the order matters."""
         reads = self._reads
         for volume in cut.volumes:
@@ -322,6 +324,19 @@ class Commits:
             "dirty_volumes": len(self._dirty),
             "failed": str(self.failed) if self.failed else None,
         }
+
+
+def _then(cut: Cut, fn: Callable[[WriteTxn], T] | None) -> Callable[[WriteTxn], T | None]:
+    """What a commit does besides: the times of the writes in it, then what it was asked for."""
+    now = time.time_ns()
+
+    def run(txn: WriteTxn) -> T | None:
+        for pending in cut.pendings:
+            if txn.has_volume(pending.uuid):
+                txn.set_attr(pending.uuid, mtime_ns=now)
+        return None if fn is None else fn(txn)
+
+    return run
 
 
 def grow(txn: WriteTxn, sizes: dict[bytes, int]) -> None:

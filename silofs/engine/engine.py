@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import trio
+from msgspec import structs
 
 from silofs.blocks import LEAF_SHIFT, PAGE, pages_for
 from silofs.engine.commits import Commits
@@ -17,10 +18,10 @@ from silofs.engine.reads import ZEROS, Reads
 from silofs.engine.recover import Recovered, recover
 from silofs.engine.remote import Fetches, Nobody, Remote
 from silofs.engine.threads import Threads
-from silofs.engine.volume import KEY_SHIFT, VolumeState
+from silofs.engine.volume import KEY_SHIFT, Gate, VolumeState
 from silofs.engine.writes import Data, Writes
-from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume
-from silofs.layers.catalog import Role, Volume
+from silofs.errors import Damaged, NoSuchVolume
+from silofs.layers.catalog import Role, Snapshot, Volume
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
 from silofs.layers.store import Store
@@ -45,8 +46,9 @@ class Engine:
         self.commits.refresh = self._refresh
         self.writes = Writes(log, self.reads, self.commits)
         self._volumes: dict[bytes, VolumeState] = {}
-        self._snapshots: dict[tuple[bytes, str], VolumeState] = {}
+        self._layers: dict[int, VolumeState] = {}
         self._keys = 0
+        self.catalog_version = 0  # changes with whatever may change names, sizes or attributes
         # The hot paths, without a call in between.
         self.read_now = self.reads.read_now
         self.write_now = self.writes.write_now
@@ -76,7 +78,7 @@ class Engine:
             self.reads.age()
 
     def close(self) -> None:
-        """End the engine's transactions. What is pending stays in the log; `sync` first to leave nothing there."""
+        """End the engine's transactions. What is pending stays in the log; `commit_all` leaves nothing there."""
         self.reads.close()
 
     # Volumes
@@ -92,28 +94,42 @@ class Engine:
             self._volumes[uuid] = volume
         return volume
 
-    def open_snapshot(self, uuid: bytes, name: str) -> VolumeState:
-        """A read-only state over a snapshot's sealed layer. Raises NoSuchSnapshot."""
-        view = self._snapshots.get((uuid, name))
+    def open_layer(self, uuid: bytes, layer_id: int) -> VolumeState:
+        """A read-only state of a volume's snapshot, by its sealed layer. Raises Damaged when there is no such layer."""
+        view = self._layers.get(layer_id)
         if view is None:
-            record = self.reads.txn.find_snapshot(uuid, name)
+            layer = self.reads.txn.layer(layer_id)
             view = VolumeState(uuid, self._new_key())
-            view.record = record
-            view.name = f"{self.reads.txn.volume(uuid).name}@{name}"
-            view.inode, view.size, view.head = record.inode, record.size, record.layer
+            view.name, view.size, view.head = f"layer {layer_id}", layer.size, layer_id
             view.remote = self._has_remote(view)
             view.set_sealed()
-            self._snapshots[uuid, name] = view
+            self._layers[layer_id] = view
         return view
-
-    @property
-    def dirty_bytes(self) -> int:
-        """Bytes acknowledged and not yet in the store."""
-        return self.commits.unapplied
 
     def volumes(self) -> Iterable[VolumeState]:
         """The open volumes."""
         return self._volumes.values()
+
+    def catalog(self) -> tuple[list[Volume], list[Snapshot]]:
+        """All volumes and snapshots of the store. Worth keeping while `catalog_version` stays the same."""
+        volumes = self.reads.txn.volumes()
+        return volumes, [snapshot for volume in volumes for snapshot in self.reads.txn.snapshots(volume.uuid)]
+
+    def shown(self, record: Volume) -> tuple[Volume, int, int]:
+        """(record, size in bytes, data pages) of a volume with what is acknowledged and not in the store yet."""
+        volume = self._volumes.get(record.uuid)
+        if volume is None or volume.record is None:
+            return record, record.size, record.data_pages
+        record = volume.record
+        if volume.clean and volume.flushing is None:
+            return record, volume.size, record.data_pages
+        record = structs.replace(record, mtime_ns=max(record.mtime_ns, volume.written_ns))
+        return record, volume.size, max(0, record.data_pages + self.reads.buffered_pages(volume))
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes acknowledged that are not in the store."""
+        return self.commits.unapplied
 
     def _new_key(self) -> int:
         self._keys += 1
@@ -137,7 +153,7 @@ class Engine:
         """See Commits.flush."""
         await self.commits.flush(volume)
 
-    async def sync(self) -> None:
+    async def commit_all(self) -> None:
         """Return when everything acknowledged so far, of all volumes, is durable and the log is empty up to here."""
         await self.commits.commit()
 
@@ -162,6 +178,19 @@ class Engine:
         """Undo one `freeze`. The gate is then what the volume's role says."""
         self.open_volume(uuid).thaw()
 
+    def check_writer(self, volume: VolumeState) -> None:
+        """Raise what an open for writing is refused with. One that has not arrived yet may be opened: QEMU does."""
+        refusal = volume.refusal()
+        if refusal is not None and volume.gate is not Gate.INCOMING:
+            raise refusal
+
+    def opened(self, volume: VolumeState, writable: bool) -> None:
+        """A handle was opened, or found again after a restart."""
+        volume.opened(writable)
+
+    def closed(self, volume: VolumeState, writable: bool) -> None:
+        volume.closed(writable)
+
     def writers(self, uuid: bytes) -> int:
         """How many handles are open for writing."""
         volume = self._volumes.get(uuid)
@@ -170,6 +199,7 @@ class Engine:
     def apply_ownership(self, uuids: Iterable[bytes]) -> None:
         """Switch the gates of these volumes to what their records say now, all in one step."""
         self.reads.renew()
+        self.catalog_version += 1
         for uuid in uuids:
             volume = self._volumes.get(uuid)
             if volume is not None:
@@ -184,7 +214,7 @@ class Engine:
         """Pages of these leaves have arrived in the store, in whatever layer of the volume's chain."""
         self.reads.renew()
         numbers = list(leaves)
-        for volume in (*self._volumes.values(), *self._snapshots.values()):
+        for volume in (*self._volumes.values(), *self._layers.values()):
             if volume.remote:
                 for number in numbers:
                     self.reads.forget_leaves(volume, number, number + 1)
@@ -194,18 +224,22 @@ class Engine:
 
     def _refresh(self, chilled: Iterable[int]) -> None:
         """Called in the step that publishes a transaction. `chilled`: leaves that changed below heads."""
+        self.catalog_version += 1
         for number in chilled:
-            for volume in (*self._volumes.values(), *self._snapshots.values()):
+            for volume in (*self._volumes.values(), *self._layers.values()):
                 self.reads.forget_leaves(volume, number, number + 1)
         for volume in self._volumes.values():
             self._reload(volume)
-        for (uuid, name), view in list(self._snapshots.items()):
+        for layer_id, view in list(self._layers.items()):
             try:
-                view.record = self.reads.txn.find_snapshot(uuid, name)
-                view.remote = view.remote and self._has_remote(view)
-            except (NoSuchSnapshot, NoSuchVolume):
+                gone = self.reads.txn.layer(layer_id).doomed
+            except Damaged:
+                gone = True
+            if gone:
                 view.set_gone()
-                del self._snapshots[uuid, name]
+                del self._layers[layer_id]
+            else:
+                view.remote = view.remote and self._has_remote(view)
         for uuid in [uuid for uuid, volume in self._volumes.items() if volume.record is None]:
             del self._volumes[uuid]
 

@@ -248,6 +248,28 @@ class Reads:
             wanted.absent.append((layer_id, page))
         return data
 
+    def buffered_pages(self, volume: VolumeState) -> int:
+        """By how many data pages the store will differ once what is pending is in it, as far as the caches tell."""
+        pages = set(volume.pending.pages)
+        zeros = [volume.pending.zeros]
+        if volume.flushing is not None:
+            pages |= {page for page in volume.flushing.pages if volume.pending.lookup(page) != PENDING_ZERO}
+            zeros.append(volume.flushing.zeros)
+        change = 0
+        for page in pages:
+            leaf = self.leaves.get(volume.key | page >> LEAF_SHIFT)
+            change += leaf is None or leaf.item(page & LEAF_MASK) <= ZERO
+        for first, end in (span for ranges in zeros for span in ranges):
+            for number in range(
+                first >> LEAF_SHIFT, min((end + LEAF_MASK) >> LEAF_SHIFT, (first >> LEAF_SHIFT) + 4096)
+            ):
+                leaf = self.leaves.get(volume.key | number)
+                if leaf is not None:
+                    base = number << LEAF_SHIFT
+                    held = np.flatnonzero(leaf[max(first - base, 0) : max(end - base, 0)] > ZERO) + max(base, first)
+                    change -= sum(page not in pages for page in held.tolist())
+        return change
+
     # The slow path
 
     async def read(self, volume: VolumeState, offset: int, length: int) -> Buffer:

@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from silofs.errors import Busy, Damaged, NoSuchVolume, NotOwner, ReadOnly, SiloError
-from silofs.layers.catalog import Role, Snapshot, Volume
+from silofs.layers.catalog import Role, Volume
 from silofs.layers.pending import Patch, Pending
 
 KEY_SHIFT: Final = 32  # a key of the leaf cache is a volume's key << 32 | leaf: leaves of a volume are below 2^29
@@ -60,6 +60,7 @@ class VolumeState:
         "local",
         "moved",
         "name",
+        "open_count",
         "overlaid",
         "owner_known",
         "pending",
@@ -70,6 +71,7 @@ class VolumeState:
         "uuid",
         "writable",
         "writers",
+        "written_ns",
     )
 
     def __init__(self, uuid: bytes, key: int) -> None:
@@ -81,7 +83,7 @@ class VolumeState:
         self.grown = 0  # bytes: the size that pending writes beyond the end have made; 0 = none did
         self.damage: Damaged | None = None  # its records are damaged: nothing can be written to it
         self.head = 0  # id of the layer that reads begin at
-        self.record: Volume | Snapshot | None = None
+        self.record: Volume | None = None
         self.role = Role.OWNER
         self.epoch = 0
         self.remote = False  # some page of the chain may still be at a peer
@@ -91,7 +93,9 @@ class VolumeState:
         self.clean = True  # nothing in `pending`
         self.last_lsn = 0  # of the last record admitted
         self.durable_lsn = 0  # everything up to it is in the store
-        self.writers = 0  # handles open for writing
+        self.written_ns = 0  # when the first write came that is not in the store, by the wall clock
+        self.open_count = 0  # handles
+        self.writers = 0  # of them for writing
         self.frozen = 0  # freezes in force
         self.gate = Gate.GONE
         self.gate_changes = 0
@@ -192,13 +196,13 @@ class VolumeState:
     # Handles
 
     def opened(self, writable: bool) -> None:
-        if writable:
-            self.writers += 1
+        self.open_count += 1
+        self.writers += writable
 
     def closed(self, writable: bool) -> None:
-        if writable:
-            assert self.writers, "a handle was closed twice"
-            self.writers -= 1
+        self.open_count -= 1
+        self.writers -= writable
+        assert 0 <= self.writers <= self.open_count, "a handle was closed twice"
 
     def __repr__(self) -> str:
         return f"VolumeState({self.name}, {self.gate.value}, head {self.head}, {self.size} bytes)"
