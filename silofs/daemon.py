@@ -32,6 +32,7 @@ from silofs.layers.store import Store
 from silofs.mount.channel import Channel, ChannelError, Message
 from silofs.mount.fuse import Adapter, Space, Volumes
 from silofs.mount.session import Session
+from silofs.peers.service import Peers
 from silofs.service import Service
 
 log = logging.getLogger("silofs.daemon")
@@ -157,6 +158,7 @@ class Daemon:
 
         async with trio.open_nursery() as nursery:
             await nursery.start(self._engine.run)
+            await Peers(self._engine, self._args.listen).start(nursery, service)
             self._adapter.bind(Volumes(self._engine, self._log.handles, service.view, self._space, before_change))
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
@@ -167,7 +169,7 @@ class Daemon:
             with self._serving:
                 await self._session.serve()
             self._state = "stopping"
-            await self._engine.sync()
+            await self._engine.commit_all()
             nursery.cancel_scope.cancel()
         self._close()
         return 0

@@ -32,7 +32,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from silofs import failpoints, verbs
 from silofs.blocks import PAGE
-from silofs.engine import Engine, Gate, VolumeState
+from silofs.engine import Engine, VolumeState
 from silofs.errors import Exists, NoSuchVolume, ReadOnly, SiloError, Unsupported
 from silofs.layers.catalog import Snapshot, Volume
 from silofs.layers.handles import Handle, HandleTable
@@ -172,13 +172,10 @@ class Adapter(Hooks):
     # Handles
 
     def _register(self, handle: Handle) -> None:
-        if handle.layer:
-            snapshot = self._names.snapshot(handle.uuid, handle.layer)
-            state = self._engine.open_snapshot(handle.uuid, snapshot.name)
-        else:
-            state = self._engine.open_volume(handle.uuid)
+        engine = self._engine
+        state = engine.open_layer(handle.uuid, handle.layer) if handle.layer else engine.open_volume(handle.uuid)
         file = self._files[handle.id] = _File(state, handle.flags)
-        state.opened(file.writable)
+        engine.opened(state, file.writable)
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -193,10 +190,8 @@ class Adapter(Hooks):
         else:
             uuid, layer = entry.uuid, 0
             state = self._engine.open_volume(uuid)
-            refusal = state.refusal() if writable else None
-            # A volume that is still coming may be opened: QEMU does so long before it writes.
-            if refusal is not None and state.gate is not Gate.INCOMING:
-                raise refusal
+            if writable:
+                self._engine.check_writer(state)
             if flags & os.O_TRUNC and state.size:
                 await self._resize(entry, 0)
         # No await from here to the reply, so that a daemon that dies leaves no handle that nobody knows.
@@ -224,7 +219,7 @@ class Adapter(Hooks):
             )
         elif flags & os.O_EXCL:
             raise Exists(f"{stem} exists")
-        attributes = await self._attributes(entry)
+        attributes = self._attributes(entry)
         return await self._open(entry, flags), attributes
 
     @guarded
@@ -232,7 +227,7 @@ class Adapter(Hooks):
         self._volumes.handles.release(fh)
         file = self._files.pop(fh, None)
         if file is not None:
-            file.state.closed(file.writable)
+            self._engine.closed(file.state, file.writable)
 
     @guarded
     async def flush(self, fh: int) -> None:
@@ -260,7 +255,7 @@ class Adapter(Hooks):
         entry = self._names.child(parent_inode, name)
         if entry is None:
             raise FUSEError(errno.ENOENT)
-        return await self._attributes(entry)
+        return self._attributes(entry)
 
     async def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:
         """Inodes are never used again, so nobody has to know which ones the kernel remembers."""
@@ -329,7 +324,7 @@ class Adapter(Hooks):
 
     @guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._directory(inode) if tree.is_directory(inode) else await self._attributes(self._entry(inode))
+        return self._directory(inode) if tree.is_directory(inode) else self._attributes(self._entry(inode))
 
     @guarded
     async def setattr(
@@ -354,14 +349,14 @@ class Adapter(Hooks):
             changes["mtime_ns"] = attr.st_mtime_ns
         if changes:
             await self._engine.transact(lambda txn: txn.set_attr(uuid, **changes))
-        return await self._attributes(self._entry(inode))
+        return self._attributes(self._entry(inode))
 
     async def _resize(self, volume: Volume, size: int) -> None:
         await self._volumes.before_change("resize", volume.name)
         await self._engine.resize(self._engine.open_volume(volume.uuid), size)
 
-    async def _attributes(self, entry: Entry) -> EntryAttributes:
-        shown = await self._names.shown(entry)
+    def _attributes(self, entry: Entry) -> EntryAttributes:
+        shown = self._names.shown(entry)
         attr = EntryAttributes()
         attr.entry_timeout = attr.attr_timeout = 0
         attr.st_ino = shown.inode
@@ -429,7 +424,7 @@ class Adapter(Hooks):
             return
         after = start_id - DOTDOT
         for name, entry in self._names.tree().list(fh, after):
-            if not pyfuse3.readdir_reply(token, name, await self._attributes(entry), entry.inode + DOTDOT):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(entry), entry.inode + DOTDOT):
                 return
         if fh == ROOT and after < SNAPSHOTS:
             pyfuse3.readdir_reply(token, SNAPSHOTS_NAME, self._directory(SNAPSHOTS), SNAPSHOTS + DOTDOT)

@@ -9,15 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import trio
-
-from silofs.blocks import pages_for
-from silofs.engine import Engine, VolumeState
-from silofs.errors import NoSuchSnapshot, NoSuchVolume, SiloError
-from silofs.layers.catalog import Snapshot, Volume
+from silofs.engine import Engine
+from silofs.errors import NoSuchSnapshot, NoSuchVolume
+from silofs.layers.catalog import Snapshot
 from silofs.mount.tree import ROOT, SNAPSHOTS, Entry, Tree, snapshot_name, volume_name
-
-STAT_WAIT_S = 1.0  # stat(2) of a volume with buffered writes waits so long for their commit, then it estimates
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,7 @@ class Names:
         """All names, as they are now."""
         txn = self._engine.reads.txn
         if txn.txn_id != self._tree_of:
-            volumes = txn.volumes()
-            snapshots = [snapshot for volume in volumes for snapshot in txn.snapshots(volume.uuid)]
+            volumes, snapshots = self._engine.catalog()
             self._tree = Tree(volumes, snapshots)
             self._tree_of = txn.txn_id
             self._uuids.update((volume.inode, volume.uuid) for volume in volumes)
@@ -77,36 +71,11 @@ class Names:
         except NoSuchVolume:
             return None
 
-    def snapshot(self, uuid: bytes, layer: int) -> Snapshot:
-        """The snapshot of a volume that names this layer: how a handle remembers it. Raises NoSuchSnapshot."""
-        for snapshot in self._engine.reads.txn.snapshots(uuid):
-            if snapshot.layer == layer:
-                return snapshot
-        raise NoSuchSnapshot("the snapshot was removed")
-
-    async def shown(self, entry: Entry) -> Shown:
-        """The attributes of a file. Buffered writes are committed first, which is how their pages are counted."""
+    def shown(self, entry: Entry) -> Shown:
+        """The attributes of a file, with what is buffered."""
         if isinstance(entry, Snapshot):
             owner = self._engine.reads.txn.volume(entry.volume)
             mode, when = owner.mode & 0o444, entry.created_ns
             return Shown(entry.inode, mode, owner.uid, owner.gid, entry.size, entry.data_pages, when)
-        volume = self._engine.open_volume(entry.uuid)
-        buffered = await self._settle(volume)
-        record = volume.record
-        if not isinstance(record, Volume):
-            raise NoSuchVolume(f"{entry.name} was deleted")
-        pages = min(record.data_pages + buffered, pages_for(volume.size))
-        return Shown(record.inode, record.mode, record.uid, record.gid, volume.size, pages, record.mtime_ns)
-
-    async def _settle(self, volume: VolumeState) -> int:
-        """Commit what is buffered; the number of pages for which that was not possible in time."""
-        if volume.durable_lsn == volume.last_lsn:
-            return 0
-        try:
-            with trio.move_on_after(STAT_WAIT_S):
-                await self._engine.flush(volume)
-                return 0
-        except SiloError:
-            pass  # the write that fails on this is the one to report it
-        flushing = volume.flushing.pages if volume.flushing is not None else {}
-        return len(volume.pending.pages) + len(flushing)
+        record, size, pages = self._engine.shown(entry)
+        return Shown(record.inode, record.mode, record.uid, record.gid, size, pages, record.mtime_ns)

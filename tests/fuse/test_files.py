@@ -1,7 +1,7 @@
 """What programs see of the files of a mount."""
 
 # The system calls are what is tested here.
-# ruff: noqa: PTH100, PTH101, PTH104, PTH108, PTH115, PTH208
+# ruff: noqa: PTH101, PTH104, PTH108, PTH115, PTH208
 
 from __future__ import annotations
 
