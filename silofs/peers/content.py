@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, pages_for
+from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, PAGE, pages_for
 from silofs.errors import Damaged
 from silofs.layers import schema
 from silofs.layers.catalog import Layer
@@ -211,3 +211,28 @@ def _digest(reader: ReadTxn, uuid: bytes, layer: int, above: int, renew_every: i
             yield None
             reader.renew()
     yield SegmentDigest(uuid, segment_digest(part.size, part.clip, hashed))
+
+
+def lost_pages(reader: ReadTxn, segments: Iterable[Segment]) -> int:
+    """Pages of the segments that were given up as unreadable."""
+    found = (reader.layer_by_uuid(segment.uuid) for segment in segments)
+    return sum(layer.lost_pages for layer in found if layer is not None)
+
+
+def remote_pages(reader: ReadTxn, uuid: bytes) -> int:
+    """Pages of a volume's chain that are still at a peer."""
+    return sum(layer.remote_pages for layer in reader.chain(reader.volume(uuid).head))
+
+
+def read_layer(reader: ReadTxn, layer: int, offset: int, length: int) -> bytes:
+    """Bytes of a sealed layer's chain, clamped to its size. Damaged."""
+    length = min(length, reader.layer(layer).size - offset)
+    if length <= 0:
+        return b""
+    first, end = offset // PAGE, pages_for(offset + length)
+    data = bytearray()
+    for page in range(first, end):
+        refs = reader.resolve(layer, page >> LEAF_SHIFT)
+        data += reader.page(int(refs[page & LEAF_MASK]))
+    start = offset - first * PAGE
+    return bytes(data[start : start + length])

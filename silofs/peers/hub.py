@@ -150,8 +150,7 @@ class Hub:
         try:
             with trio.move_on_after(seconds):
                 while (link := self.link(peer.store_id)) is None:
-                    moved = self._moved
-                    await moved.wait()
+                    await self.wait_moved()
                 return link
         finally:
             self.unwant(peer.store_id)
@@ -164,6 +163,10 @@ class Hub:
         link = self._links.get(peer)
         if link is not None:
             link.session.close(reason)
+
+    async def wait_moved(self) -> None:
+        """Until a session begins or ends."""
+        await self._moved.wait()
 
     def dial_wanted(self) -> None:
         """Start a dialling loop for every peer that wants one and has none."""
