@@ -1,0 +1,134 @@
+"""An engine on a real store and a real memfd, that can be killed and started again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from silofs.blocks import PAGE
+from silofs.engine import Engine, Remote, Threads, VolumeState
+from silofs.layers.catalog import Ownership, Role
+from silofs.layers.log import WriteLog
+from silofs.layers.pending import Buffer
+from silofs.layers.schema import REMOTE
+from silofs.layers.store import Store
+
+T = TypeVar("T")
+
+MIB = 1 << 20
+
+
+class Inline(Threads):
+    """Everything in place, so that the same seed gives the same trace. `hold` keeps commits in flight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs = 0
+        self.release = trio.Event()
+        self.release.set()
+
+    def hold(self) -> None:
+        self.release = trio.Event()
+
+    async def run(self, job: Callable[[], T]) -> T:
+        self.jobs += 1
+        await trio.lowlevel.checkpoint()
+        return job()
+
+    async def wait(self, future: Future[T]) -> T:
+        await trio.lowlevel.checkpoint()
+        await self.release.wait()
+        return future.result()
+
+
+class Rig:
+    """`async with rig.running()` serves; leaving it is the daemon's death: the rest is in the memfd only."""
+
+    def __init__(self, path: Path, *, ring: int = 4 * MIB, remote: Remote | None = None) -> None:
+        self.path = path
+        self.remote = remote
+        self.threads: Threads = Inline()
+        Store.create(path)
+        self.fd = os.memfd_create("log")
+        with Store.open(path) as store:
+            WriteLog.format(self.fd, store.uuid, ring)
+        self.store: Store
+        self.log: WriteLog
+        self.engine: Engine
+
+    @property
+    def inline(self) -> Inline:
+        assert isinstance(self.threads, Inline)
+        return self.threads
+
+    def start(self) -> Engine:
+        self.store = Store.open(self.path)
+        self.log = WriteLog.open(self.fd, self.store.uuid)
+        self.engine = Engine(self.store, self.log, remote=self.remote, threads=self.threads)
+        self.engine.recover()
+        return self.engine
+
+    def stop(self) -> None:
+        self.engine.close()
+        self.store.close()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Engine]:
+        engine = self.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(engine.run)
+                yield engine
+                nursery.cancel_scope.cancel()
+        finally:
+            self.stop()
+
+    async def volume(self, size: int = MIB, name: str = "vm") -> VolumeState:
+        record = await self.engine.transact(lambda txn: txn.create_volume(name, size))
+        return self.engine.open_volume(record.uuid)
+
+    async def set_role(self, volume: VolumeState, role: Role, epoch: int = 1) -> None:
+        await self.engine.transact(lambda txn: txn.put_ownership(Ownership(volume.uuid, role, epoch)))
+
+    async def remote_volume(self, pages: int = 8, name: str = "vm") -> tuple[VolumeState, int]:
+        """A volume whose every page is still at a peer, and the layer that they belong to."""
+
+        def receive(txn: Any) -> Any:
+            layer = txn.receive_layer(name.encode().ljust(16, b"L"), 0, pages * PAGE, pages * PAGE)
+            txn.put_map(layer.id, [(0, pages, REMOTE)], mapped=pages)
+            return txn.create_volume(name, pages * PAGE, parent=layer.id), layer.id
+
+        record, layer_id = await self.engine.transact(receive)
+        return self.engine.open_volume(record.uuid), layer_id
+
+
+async def write(engine: Engine, volume: VolumeState, offset: int, data: bytes) -> None:
+    """As the mount does it."""
+    if not engine.write_now(volume, offset, data):
+        await engine.write(volume, offset, data)
+
+
+async def read(engine: Engine, volume: VolumeState, offset: int, length: int) -> bytes:
+    data: Buffer | None = engine.read_now(volume, offset, length)
+    if data is None:
+        data = await engine.read(volume, offset, length)
+    return bytes(data)
+
+
+async def outcome(call: Coroutine[Any, Any, Any]) -> Any:
+    """What a call returns or raises."""
+    try:
+        return await call
+    except Exception as error:
+        return error
+
+
+def page(number: int) -> bytes:
+    """A page's bytes that say which one it is."""
+    return number.to_bytes(8, "little") * (PAGE // 8)
