@@ -56,7 +56,7 @@ class CatalogReader:
 
     # Records
 
-    def _fetch(self, table: Table, key: bytes) -> memoryview | None:
+    def fetch(self, table: Table, key: bytes) -> memoryview | None:
         """The raw value, None when there is none; Damaged when LMDB's tree is."""
         try:
             return self._txn.get(key, db=self._environment.tables[table])
@@ -64,10 +64,10 @@ class CatalogReader:
             raise Damaged(f"table {table.name} cannot be read: {error}") from error
 
     def _get(self, table: Table, key: bytes, kind: type[R]) -> R | None:
-        value = self._fetch(table, key)
+        value = self.fetch(table, key)
         return None if value is None else catalog.decode(table, key, value, kind)
 
-    def _scan_raw(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, memoryview]]:
+    def scan(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, memoryview]]:
         """Every (key, value) whose key starts with `prefix`, ascending. Changes nothing while it runs."""
         try:
             cursor = self._txn.cursor(db=self._environment.tables[table])
@@ -81,15 +81,23 @@ class CatalogReader:
         except lmdb.Error as error:
             raise Damaged(f"table {table.name} cannot be read: {error}") from error
 
-    def _scan(self, table: Table, kind: type[R], prefix: bytes = b"") -> Iterator[tuple[bytes, R]]:
-        for key, value in self._scan_raw(table, prefix):
+    def scan_keys(self, table: Table) -> Iterator[bytes]:
+        """Every key, ascending. Values are not touched: for large ones that is much cheaper than `scan`."""
+        try:
+            for key in self._txn.cursor(db=self._environment.tables[table]).iternext(keys=True, values=False):
+                yield bytes(key)
+        except lmdb.Error as error:
+            raise Damaged(f"table {table.name} cannot be read: {error}") from error
+
+    def _scan_records(self, table: Table, kind: type[R], prefix: bytes = b"") -> Iterator[tuple[bytes, R]]:
+        for key, value in self.scan(table, prefix):
             yield key, catalog.decode(table, key, value, kind)
 
     def _prove_absence(self, table: Table) -> None:
         """Damaged unless the table has as many records as the store's state says."""
         if table.name in self._counted:
             return
-        found = sum(1 for _ in self._scan_raw(table))
+        found = sum(1 for _ in self.scan(table))
         expected = self.state.rows.get(table.name, 0)
         if found != expected:
             raise Damaged(f"table {table.name} has {found} records where {expected} are on record")
@@ -138,12 +146,12 @@ class CatalogReader:
 
     def volumes(self) -> list[Volume]:
         self._prove_absence(schema.VOLUME)
-        return [volume for _, volume in self._scan(schema.VOLUME, Volume)]
+        return [volume for _, volume in self._scan_records(schema.VOLUME, Volume)]
 
     def snapshots(self, uuid: bytes) -> list[Snapshot]:
         """The snapshots of a volume, by name."""
         self._prove_absence(schema.SNAPSHOT)
-        return [snapshot for _, snapshot in self._scan(schema.SNAPSHOT, Snapshot, uuid)]
+        return [snapshot for _, snapshot in self._scan_records(schema.SNAPSHOT, Snapshot, uuid)]
 
     def find_snapshot(self, uuid: bytes, name: str) -> Snapshot:
         snapshot = self._get(schema.SNAPSHOT, catalog.snapshot_key(uuid, name), Snapshot)
@@ -163,7 +171,7 @@ class CatalogReader:
 
     def ownerships(self) -> list[Ownership]:
         self._prove_absence(schema.OWNERSHIP)
-        return [record for _, record in self._scan(schema.OWNERSHIP, Ownership)]
+        return [record for _, record in self._scan_records(schema.OWNERSHIP, Ownership)]
 
     def value(self, table: str, key: str) -> bytes | None:
         """A value kept for another part of silofs; `table` is peer, migration, outbox or host."""
@@ -175,7 +183,8 @@ class CatalogReader:
 
     def values(self, table: str) -> dict[str, bytes]:
         self._prove_absence(schema.VALUE_TABLES[table])
-        return {key.decode(): value.data for key, value in self._scan(schema.VALUE_TABLES[table], catalog.Value)}
+        found = self._scan_records(schema.VALUE_TABLES[table], catalog.Value)
+        return {key.decode(): value.data for key, value in found}
 
     # Layers
 
@@ -198,7 +207,7 @@ class CatalogReader:
 
     def layers(self) -> list[Layer]:
         self._prove_absence(schema.LAYER)
-        return [layer for _, layer in self._scan(schema.LAYER, Layer)]
+        return [layer for _, layer in self._scan_records(schema.LAYER, Layer)]
 
     def chain(self, layer_id: int) -> list[Layer]:
         """The layers from that one down to its base."""

@@ -79,7 +79,7 @@ class Changes(ReadTxn):
 
     def put_record(self, table: Table, key: bytes, record: Record) -> None:
         """Store a catalog record, new or in place of its older self."""
-        if self._fetch(table, key) is None:
+        if self.fetch(table, key) is None:
             self._rows(table, 1)
         self._put(table, key, catalog.encode(table, key, record))
 
@@ -224,7 +224,7 @@ class Changes(ReadTxn):
         Goes by the records, not by the bitmaps: a damaged layer can be removed like any other.
         """
         found: list[tuple[bytes, Refs]] = []
-        for key, value in self._scan_raw(schema.LEAF, catalog.layer_key(layer_id)):
+        for key, value in self.scan(schema.LEAF, catalog.layer_key(layer_id)):
             if len(found) == most:
                 break
             try:
@@ -242,7 +242,7 @@ class Changes(ReadTxn):
     def drop_layer(self, layer_id: int) -> None:
         """Remove the records of a layer without leaves."""
         layer = self.layer(layer_id)
-        for key in [key for key, _ in self._scan_raw(schema.PRESENCE, catalog.layer_key(layer_id))]:
+        for key in [key for key, _ in self.scan(schema.PRESENCE, catalog.layer_key(layer_id))]:
             self._delete(schema.PRESENCE, key)
         self.delete_record(schema.LAYER, catalog.layer_key(layer_id))
         if layer.uuid:
@@ -325,7 +325,7 @@ class Changes(ReadTxn):
         self, group: int, fresh: Iterable[tuple[int, int]], ids: Refs, cleared: np.ndarray[Any, np.dtype[np.uint32]]
     ) -> None:
         key = schema.KEY.pack(group)
-        value = self._fetch(schema.LIVE, key)
+        value = self.fetch(schema.LIVE, key)
         try:
             row = read_live(key, value)
         except Damaged as error:

@@ -138,7 +138,7 @@ class IncomingChanges(VolumeChanges):
     def pin(self, layer_id: int, holder: str) -> None:
         """Hold a layer against removal, in that name; idempotent."""
         key = catalog.pin_key(layer_id, holder)
-        if self._fetch(schema.PIN, key) is None:
+        if self.fetch(schema.PIN, key) is None:
             self.put_record(schema.PIN, key, Pin(layer_id, holder))
             self.change_layer(layer_id, pins=self.layer(layer_id).pins + 1)
 

@@ -49,7 +49,7 @@ class ReadTxn(CatalogReader):
     def _stored_leaf(self, layer_id: int, leaf: int) -> Refs:
         """The leaf's record, which must be there."""
         key = schema.leaf_key(layer_id, leaf)
-        value = self._fetch(schema.LEAF, key)
+        value = self.fetch(schema.LEAF, key)
         if value is None:
             raise Damaged(f"leaf {leaf} of layer {layer_id} is missing")
         return leaves.decode(schema.open_record(schema.LEAF, key, value))
@@ -59,7 +59,7 @@ class ReadTxn(CatalogReader):
         bitmap = self._bitmaps.get((layer_id, chunk))
         if bitmap is None:
             key = schema.leaf_key(layer_id, chunk)
-            value = self._fetch(schema.PRESENCE, key)
+            value = self.fetch(schema.PRESENCE, key)
             if value is None:
                 raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is missing")
             bitmap = bytes(schema.open_record(schema.PRESENCE, key, value))
@@ -173,7 +173,7 @@ class ReadTxn(CatalogReader):
         if kind == schema.LONE:
             object_id = ref >> schema.OBJECT_SHIFT
             key = schema.KEY.pack(object_id)
-            value, name = self._fetch(schema.PAGES, key), self._fetch(schema.NAME, key)
+            value, name = self.fetch(schema.PAGES, key), self.fetch(schema.NAME, key)
             if value is None or name is None:
                 raise ObjectMissing(f"lone page {object_id} is missing")
             return schema.lone_page(key, object_id, value, name)
@@ -182,7 +182,7 @@ class ReadTxn(CatalogReader):
         raise AssertionError(f"reference {ref:#x} has no page here")
 
     def _object(self, object_id: int) -> memoryview:
-        value = self._fetch(schema.OBJECT, schema.KEY.pack(object_id))
+        value = self.fetch(schema.OBJECT, schema.KEY.pack(object_id))
         if value is None:
             raise ObjectMissing(f"object {object_id} is missing")
         return value
@@ -244,4 +244,4 @@ class ReadTxn(CatalogReader):
         return leaf_digest(leaf, np.minimum(kinds, schema.DATA), self.views(refs[kinds >= schema.DATA]))
 
     def pins(self, layer_id: int) -> list[Pin]:
-        return [pin for _, pin in self._scan(schema.PIN, Pin, layer_key(layer_id))]
+        return [pin for _, pin in self._scan_records(schema.PIN, Pin, layer_key(layer_id))]

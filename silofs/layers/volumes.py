@@ -230,7 +230,7 @@ class VolumeChanges(Changes):
     def add_snapshot(self, uuid: bytes, name: str, layer_id: int, *, created_ns: int | None = None) -> Snapshot:
         """Name a sealed layer as a snapshot of a volume, also one that travelled here with it."""
         key = catalog.snapshot_key(uuid, checked_name(name))
-        if self._fetch(schema.SNAPSHOT, key) is not None:
+        if self.fetch(schema.SNAPSHOT, key) is not None:
             raise Exists(f"volume '{self.volume(uuid).name}' has a snapshot '{name}' already")
         layer = self.layer(layer_id)
         assert layer.sealed, "only a sealed layer can be named"
@@ -321,7 +321,7 @@ class VolumeChanges(Changes):
 
     def reap(self) -> bool:
         """One bounded step of removing a doomed layer; whether there may be more to do."""
-        for key, _ in self._scan_raw(schema.DOOMED):
+        for key, _ in self.scan(schema.DOOMED):
             layer_id = schema.KEY.unpack(key)[0]
             break
         else:

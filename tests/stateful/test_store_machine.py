@@ -1,0 +1,214 @@
+"""The store against the reference: random operations, power cuts and restarts, and `check` finds nothing at the end."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from silofs.blocks import LEAF_BYTES, PAGE, pages_for
+from silofs.layers import schema
+from tests.reference import Reference, nonzero_pages
+from tests.storerig import Rig, page_bytes, read_layer
+
+SIZE_MAX = 2 * LEAF_BYTES + 5 * PAGE
+SIZES = st.sampled_from(
+    [0, 100, PAGE, 5 * PAGE, LEAF_BYTES - PAGE, LEAF_BYTES, LEAF_BYTES + 512, LEAF_BYTES + 40 * PAGE + 1000, SIZE_MAX]
+)
+NAMES = ["a", "b", "c", "d"]
+PAGES = st.one_of(st.integers(0, 8), st.integers(500, 524), st.integers(1020, 1030))
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Writes wait in the rig and in `waiting` until a commit gives them to the store and to the reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shm = Path("/dev/shm")
+        self.path = Path(tempfile.mkdtemp(dir=shm if shm.is_dir() else None))
+        self.rig = Rig(self.path)
+        self.reference = Reference()
+        self.waiting: list[tuple[str, str, Any, Any]] = []
+        self.seed = 0
+
+    @initialize(size=SIZES)
+    def first(self, size: int) -> None:
+        self.create(max(size, PAGE))
+
+    def uuid(self, name: str) -> bytes:
+        with self.rig.store.reader() as txn:
+            return txn.volume_by_name(name).uuid
+
+    def pick(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.reference.volumes)))
+
+    def apply_waiting(self, then: Any = None) -> None:
+        """Commit: the store takes what is pending and `then` in one transaction."""
+        result = self.rig.commit(then)
+        for kind, name, first, second in self.waiting:
+            getattr(self.reference.volumes[name], kind)(first, second)
+        self.waiting = []
+        with self.rig.store.reader() as txn:
+            for uuid, committed in result.volumes.items():
+                if committed.record is None:
+                    continue
+                for leaf, refs in committed.leaves.items():
+                    if then is None:
+                        assert np.array_equal(refs, txn.resolve(committed.record.head, leaf)), (uuid, leaf)
+
+    def free_name(self) -> str | None:
+        return next((name for name in NAMES if name not in self.reference.volumes), None)
+
+    # Data
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), page=PAGES, count=st.sampled_from([1, 2, 5, 16, 31, 33, 70]))
+    def write_pages(self, data: st.DataObject, page: int, count: int) -> None:
+        name = self.pick(data)
+        self.seed += 1
+        content = b"".join(page_bytes(page + index, self.seed) for index in range(count))
+        self.write(name, page * PAGE, content)
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), page=PAGES, start=st.integers(0, PAGE - 1), length=st.integers(1, 3 * PAGE), zero=st.booleans())
+    def write_bytes(self, data: st.DataObject, page: int, start: int, length: int, zero: bool) -> None:
+        self.seed += 1
+        content = bytes(length) if zero else (page_bytes(page, self.seed) * 4)[:length]
+        self.write(self.pick(data), page * PAGE + start, content)
+
+    def write(self, name: str, offset: int, content: bytes) -> None:
+        size = len(self.reference.volumes[name].data)
+        content = content[: max(0, size - offset)]
+        if content:
+            self.rig.write(self.uuid(name), offset, content)
+            self.waiting.append(("write", name, offset, content))
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), page=PAGES, count=st.sampled_from([1, 3, 100, 512, 2000]))
+    def zero(self, data: st.DataObject, page: int, count: int) -> None:
+        name = self.pick(data)
+        self.rig.zero(self.uuid(name), page, page + count)
+        self.waiting.append(("zero", name, page, page + count))
+
+    @rule()
+    def commit(self) -> None:
+        self.apply_waiting()
+
+    # Volumes
+
+    @precondition(lambda self: self.free_name())
+    @rule(size=SIZES)
+    def create(self, size: int) -> None:
+        name = self.free_name()
+        assert name is not None
+        self.rig.store.write(lambda txn: txn.create_volume(name, size))
+        self.reference.create(name, size)
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), size=SIZES)
+    def resize(self, data: st.DataObject, size: int) -> None:
+        name = self.pick(data)
+        uuid = self.uuid(name)
+        self.apply_waiting(lambda txn: txn.resize(uuid, size))
+        self.reference.volumes[name].resize(size)
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), snapshot=st.sampled_from(["s1", "s2", "s3"]))
+    def snapshot(self, data: st.DataObject, snapshot: str) -> None:
+        name = self.pick(data)
+        if snapshot not in self.reference.volumes[name].snapshots:
+            uuid = self.uuid(name)
+            self.apply_waiting(lambda txn: txn.take_snapshot(uuid, snapshot))
+            self.reference.snapshot(name, snapshot)
+
+    def snapshots(self) -> list[tuple[str, str]]:
+        return sorted((name, each) for name, volume in self.reference.volumes.items() for each in volume.snapshots)
+
+    @precondition(lambda self: self.snapshots())
+    @rule(data=st.data())
+    def remove_snapshot(self, data: st.DataObject) -> None:
+        name, snapshot = data.draw(st.sampled_from(self.snapshots()))
+        uuid = self.uuid(name)
+        self.rig.store.write(lambda txn: txn.remove_snapshot(uuid, snapshot))
+        del self.reference.volumes[name].snapshots[snapshot]
+
+    @precondition(lambda self: self.snapshots() and self.free_name())
+    @rule(data=st.data())
+    def clone(self, data: st.DataObject) -> None:
+        name, snapshot = data.draw(st.sampled_from(self.snapshots()))
+        uuid, new = self.uuid(name), self.free_name()
+        assert new is not None
+        self.rig.store.write(lambda txn: txn.clone(txn.find_snapshot(uuid, snapshot).layer, new))
+        self.reference.clone(name, snapshot, new)
+
+    @precondition(lambda self: self.snapshots())
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        name, snapshot = data.draw(st.sampled_from(self.snapshots()))
+        uuid = self.uuid(name)
+        self.apply_waiting(lambda txn: txn.rollback(uuid, txn.find_snapshot(uuid, snapshot).layer))
+        self.reference.rollback(name, snapshot)
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        uuid = self.uuid(name)
+        self.apply_waiting(lambda txn: txn.delete_volume(uuid))
+        self.reference.delete(name)
+
+    # Restarts
+
+    @rule()
+    def power_cut(self) -> None:
+        """What waited for a commit is gone; nothing else is."""
+        self.rig.pendings = {}
+        self.waiting = []
+        self.rig.reopen()
+
+    # What must hold
+
+    @invariant()
+    def agrees(self) -> None:
+        with self.rig.store.reader() as txn:
+            assert sorted(volume.name for volume in txn.volumes()) == sorted(self.reference.volumes)
+            for volume in txn.volumes():
+                expected = self.reference.volumes[volume.name]
+                assert volume.size == len(expected.data)
+                assert read_layer(txn, volume.head, volume.size) == expected.data, volume.name
+                assert nonzero_pages(expected.data) <= volume.data_pages <= pages_for(volume.size)
+                snapshots = {each.name: each for each in txn.snapshots(volume.uuid)}
+                assert snapshots.keys() == expected.snapshots.keys()
+                for name, content in expected.snapshots.items():
+                    assert read_layer(txn, snapshots[name].layer, snapshots[name].size) == content, (volume.name, name)
+
+    def teardown(self) -> None:
+        try:
+            assert self.rig.findings() == []
+            for name in sorted(self.reference.volumes):
+                uuid = self.uuid(name)
+                self.rig.store.write(lambda txn, uuid=uuid: txn.delete_volume(uuid))
+            assert self.rig.findings() == []
+            with self.rig.store.reader() as txn:
+                for table in (schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.PRESENCE):
+                    assert not list(txn.scan_keys(table)), table.name
+                assert txn.layers() == []
+        finally:
+            self.rig.close()
+            shutil.rmtree(self.path)
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(
+    max_examples=80,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
