@@ -34,7 +34,8 @@ from silofs.names import check_size
 
 Progress = Callable[[dict[str, Any]], None]
 
-BATCH_BYTES: Final = 16 * limits.MIB  # in one transaction of an import; two are in memory
+READ_BYTES: Final = 4 * limits.MIB  # of an image at a time
+BATCH_BYTES: Final = 16 * limits.MIB  # or a little more, in one transaction of an import; two batches are in memory
 READER_S: Final = 0.5  # a read transaction is renewed at this age, so that freed pages can be used again
 PIN_IMPORT: Final = "import:"
 PIN_EXPORT: Final = "export:"
@@ -130,26 +131,33 @@ def reap(txn: WriteTxn) -> int:
 def _fill(store: Store, layer: int, fd: int, source: int, progress: Progress, cancelled: Cancelled) -> int:
     """Store every page of the image that is not zero; the bytes read. One batch is read while the last one commits."""
     done = 0
+    pages: dict[int, bytes] = {}
     under_way: Future[int] | None = None
     try:
         for offset, length in extents(fd, source):
-            for at in range(offset, offset + length, BATCH_BYTES):
+            for at in range(offset, offset + length, READ_BYTES):
                 if cancelled():
                     raise Interrupted("the import was stopped", hint="nothing was left behind")
-                block = _read(fd, at, min(BATCH_BYTES, offset + length - at))
-                pages = nonzero_pages(block, at // PAGE)
-                if under_way is not None:
-                    under_way.result()
-                    under_way = None
-                if pages:
-                    store.admit(2 * len(pages) * PAGE)
-                    under_way = store.submit(lambda txn, pages=pages: _put(txn, layer, pages))  # type: ignore[misc]
+                block = _read(fd, at, min(READ_BYTES, offset + length - at))
+                pages |= nonzero_pages(block, at // PAGE)
                 done += len(block)
+                if len(pages) * PAGE >= BATCH_BYTES:
+                    under_way, pages = _submit(store, layer, pages, under_way), {}
                 progress({"bytes_done": at + len(block), "bytes_total": source, "bytes_read": done})
+        if pages:
+            under_way = _submit(store, layer, pages, under_way)
     finally:
         if under_way is not None:
             under_way.result()
     return done
+
+
+def _submit(store: Store, layer: int, pages: dict[int, bytes], before: Future[int] | None) -> Future[int]:
+    """Commit a batch, once the one before it has landed."""
+    if before is not None:
+        before.result()
+    store.admit(2 * len(pages) * PAGE)
+    return store.submit(lambda txn: _put(txn, layer, pages))
 
 
 def _put(txn: WriteTxn, layer: int, pages: dict[int, bytes]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
@@ -17,6 +18,7 @@ import trio
 from silofs import images, verbs
 from silofs.control import Call, Handler
 from silofs.errors import Unsupported, UserError
+from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.verbs import Args, Fields, View
@@ -34,9 +36,10 @@ class Volumes(Protocol):
     def store(self) -> Store: ...
 
     @property
-    def dirty_bytes(self) -> int: ...
+    def log(self) -> WriteLog: ...
 
-    def open_count(self, uuid: bytes) -> int: ...
+    @property
+    def dirty_bytes(self) -> int: ...
 
     async def transact(self, fn: Callable[[WriteTxn], T]) -> T: ...
 
@@ -92,8 +95,10 @@ class Service:
             await self.before_change(verb, verbs.name_in(args, _SUBJECT.get(verb, "volume")))
         return await found[0](args, call)
 
-    def _view(self) -> View:
-        return View(self._engine.store.path, self._about().get("mountpoint"), self._engine.open_count)
+    def view(self) -> View:
+        """What verbs show beside the store's records, as of now."""
+        opens = Counter(handle.uuid for handle in self._engine.log.handles.items() if not handle.layer)
+        return View(self._engine.store.path, self._about().get("mountpoint"), opens)
 
     def _about(self) -> Fields:
         return {} if self._host is None else self._host.status()
@@ -102,7 +107,7 @@ class Service:
         run = verbs.READS[verb]
 
         async def handle(args: Args, call: Call) -> Fields:
-            view = self._view()
+            view = self.view()
 
             def read() -> Fields:
                 reader = self._engine.store.reader()
@@ -119,7 +124,7 @@ class Service:
         run = verbs.WRITES[verb]
 
         async def handle(args: Args, call: Call) -> Fields:
-            view = self._view()
+            view = self.view()
             return await self._engine.transact(lambda txn: run(txn, args, view))
 
         return handle
@@ -144,7 +149,7 @@ class Service:
         return await in_thread(call, lambda progress, cancelled: verbs.check(store, args, progress, cancelled))
 
     async def _import(self, args: Args, call: Call) -> Fields:
-        fd, store, view = _one(call), self._engine.store, self._view()
+        fd, store, view = _one(call), self._engine.store, self.view()
         verbs.name_in(args, "name")
         wanted = verbs.optional_size(args, "size")
         loaded: images.Loaded | None = None

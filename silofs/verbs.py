@@ -7,9 +7,10 @@ taken out by `_text` and its like, which raise UserError) and the `View`. It ret
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +18,12 @@ from uuid import UUID
 
 from silofs import limits
 from silofs.blocks import PAGE
-from silofs.errors import Busy, Exists, NoSuchSnapshot, NoSuchVolume, NotOwner, UserError
-from silofs.images import Loaded
+from silofs.errors import Busy, Exists, Interrupted, NoSuchVolume, NotOwner, UserError
+from silofs.images import Cancelled, Loaded, Progress, never
+from silofs.layers import check as invariants
 from silofs.layers.catalog import Layer, Ownership, Role, Snapshot, Volume
 from silofs.layers.reader import ReadTxn
+from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_name, check_size
 
@@ -37,17 +40,13 @@ ROLES: Final = {
 }
 
 
-def _nobody(uuid: bytes) -> int:
-    return 0
-
-
 @dataclass(frozen=True)
 class View:
     """What a verb shows that is not in the store."""
 
     store: Path
     mountpoint: str | None = None
-    opens: Callable[[bytes], int] = _nobody  # handles that a volume has open
+    opens: Mapping[bytes, int] = field(default_factory=dict)  # open handles by volume
 
     def path(self, name: str) -> str | None:
         return None if self.mountpoint is None else f"{self.mountpoint}/{name}{limits.IMAGE_SUFFIX}"
@@ -125,7 +124,7 @@ class Facts:
             "peer": None if ownership is None else ownership.peer or None,
             "remote": sum(layer.remote_pages for layer in chain) * PAGE,
             "lost": sum(layer.lost_pages for layer in chain) * PAGE,
-            "open_count": self._view.opens(volume.uuid),
+            "open_count": self._view.opens.get(volume.uuid, 0),
             "parent": self.parent(volume, chain),
             "created": rfc3339(volume.created_ns),
             "modified": rfc3339(volume.mtime_ns),
@@ -204,15 +203,6 @@ def owned(txn: ReadTxn, name: str, what: str) -> Volume:
     return volume
 
 
-def kept(txn: ReadTxn, volume: Volume, name: str) -> Snapshot:
-    """One snapshot of a volume. Raises NoSuchSnapshot."""
-    # A WriteTxn's own `snapshot` makes one, so the look-up goes by way of the list.
-    for found in txn.snapshots(volume.uuid):
-        if found.name == name:
-            return found
-    raise NoSuchSnapshot(f"{volume.name} has no snapshot {name!r}")
-
-
 def optional_size(args: Args, key: str) -> int | None:
     return None if args.get(key) is None else size_in(args, key)
 
@@ -280,6 +270,25 @@ def du(txn: ReadTxn, args: Args, view: View) -> Fields:
     return {"volumes": rows, "stored": sum(layer.own_pages for layer in txn.layers()) * PAGE}
 
 
+def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = never) -> Fields:
+    """Every invariant of the store, in one long read transaction."""
+    read_data = flag(args, "read_data")
+
+    def step(done: int, total: int) -> None:
+        if cancelled():
+            raise Interrupted("the check was stopped", hint="run it again")
+        progress({"stage": "checking", "steps_done": done, "steps_total": total})
+
+    with contextlib.closing(store.reader()) as txn:
+        found = invariants.check(txn, read_data=read_data, progress=step)
+        counted = {"volumes": len(txn.volumes()), "layers": len(txn.layers())}
+    findings = [
+        {"code": f.code, "message": f.message, "volume": f.volume or None, "layer": f.layer, "page": f.page}
+        for f in found
+    ]
+    return {"findings": findings, "damaged": len(findings), "read_data": read_data, **counted}
+
+
 # Verbs that change
 
 
@@ -291,7 +300,7 @@ def create(txn: WriteTxn, args: Args, view: View) -> Fields:
 def snapshot(txn: WriteTxn, args: Args, view: View) -> Fields:
     name = name_in(args, "volume")
     volume = owned(txn, name, "a snapshot")
-    made = txn.snapshot(volume.uuid, name_in(args, "snapshot"))
+    made = txn.take_snapshot(volume.uuid, name_in(args, "snapshot"))
     fields = snapshot_fields(made)
     return {"volume": name, "snapshot": fields["name"], **fields}
 
@@ -302,7 +311,7 @@ def clone(txn: WriteTxn, args: Args, view: View) -> Fields:
     if snapshot is None:
         layer, size = txn.seal(volume.uuid).id, volume.size
     else:
-        taken = kept(txn, volume, snapshot)
+        taken = txn.find_snapshot(volume.uuid, snapshot)
         layer, size = taken.layer, taken.size
     made = txn.clone(layer, new, size=size, uid=volume.uid, gid=volume.gid, mode=volume.mode)
     return Facts(txn, view).info(made)
@@ -326,7 +335,7 @@ def rm(txn: WriteTxn, args: Args, view: View) -> Fields:
 
 def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
     """Raises Busy while the volume is in use, or a migration needs its data."""
-    count = view.opens(volume.uuid)
+    count = view.opens.get(volume.uuid, 0)
     if count:
         raise Busy(f"{volume.name} is open {count} times", hint="stop the VM that uses it first")
     ownership = txn.ownership(volume.uuid)
@@ -351,7 +360,7 @@ def exported(txn: ReadTxn, args: Args) -> tuple[int, int, int]:
     if snapshot is None:
         layer = txn.seal(volume.uuid).id if isinstance(txn, WriteTxn) else volume.head
         return layer, volume.size, volume.data_pages * PAGE
-    taken = kept(txn, volume, snapshot)
+    taken = txn.find_snapshot(volume.uuid, snapshot)
     return taken.layer, taken.size, taken.data_pages * PAGE
 
 

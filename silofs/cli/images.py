@@ -71,7 +71,7 @@ def export_command(app: App, source: str, file: Path, kind: str, force: bool) ->
             from silofs.errors import Exists
 
             raise Exists(f"{file} is there and is no regular file", hint="choose another name")
-        app.confirm(f"{file} exists: replace it?", yes=force)
+        app.confirm(f"{file} exists", "replace it", yes=force)
     try:
         with _beside(file) as (fd, temporary):
             args = {"volume": volume, "snapshot": snapshot}

@@ -99,14 +99,14 @@ class App:
             self._drawn = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def confirm(self, question: str, *, yes: bool) -> None:
+    def confirm(self, fact: str, question: str, *, yes: bool = False) -> None:
         """Ask before something is lost. Raises Busy where nobody can be asked, Interrupted when the answer is no."""
         if yes:
             return
         if self.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise Busy(question.rstrip("?").strip(), hint="repeat it with --yes to do it without being asked")
+            raise Busy(fact, hint="repeat it with --yes to do it without being asked")
         self.clear()
-        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{fact}: {question}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Interrupted("nothing was changed", hint="")
 
@@ -119,6 +119,8 @@ def progress_line(fields: Mapping[str, Any]) -> str:
     """One line for a terminal out of whatever a verb reports."""
     done, total = fields.get("bytes_done"), fields.get("bytes_total")
     parts = [str(fields[key]) for key in ("phase", "stage") if fields.get(key)]
+    if isinstance(fields.get("steps_total"), int):
+        parts.append(f"step {fields['steps_done'] + 1} of {fields['steps_total']}")
     if isinstance(fields.get("round"), int):
         parts.append(f"round {fields['round']}")
     if isinstance(done, int):

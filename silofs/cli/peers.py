@@ -68,7 +68,7 @@ def allow_command(app: App, peer: str, pattern: str, direction: str) -> None:
 @common("peer_rm")
 def rm_command(app: App, name: str, yes: bool) -> None:
     """Forget a paired host. Refused while a volume's record names it."""
-    app.confirm(f"{name} will have to be paired again before it can be used: forget it?", yes=yes)
+    app.confirm(f"{name} has to be paired anew after this", "forget it", yes=yes)
     app.result(call(app.store, "peer_rm", {"name": name}, offline=False))
     app.note(f"forgot {name}")
 

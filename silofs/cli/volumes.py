@@ -158,7 +158,7 @@ def rm_command(app: App, target: str, yes: bool) -> None:
         snapshots = call(app.store, "info", {"name": volume})["snapshots"]
         if snapshots:
             count = len(snapshots)
-            app.confirm(f"{volume} has {count} snapshot{'s' if count > 1 else ''}: remove it with them?", yes=False)
+            app.confirm(f"{volume} has {count} snapshot{'s' if count > 1 else ''}", "remove it with them")
             yes = True
     fields = call(app.store, "rm", {"volume": volume, "snapshot": snapshot, "force": yes})
     app.result(fields)
@@ -187,7 +187,7 @@ def resize_command(app: App, name: str, size: str, yes: bool) -> None:
         present = call(app.store, "info", {"name": volume})["virtual_size"]
         if wanted < present:
             lost = show_size(present - wanted)
-            app.confirm(f"this cuts the last {lost} off {volume}: go on?", yes=False)
+            app.confirm(f"this cuts the last {lost} off {volume}", "go on")
             yes = True
     fields = call(app.store, "resize", {"name": volume, "size": wanted, "shrink": yes})
     app.result(fields)
@@ -201,7 +201,7 @@ def check_command(app: App, read_data: bool) -> int:
     """Check every invariant of the store. Exit code 4 if one is broken."""
     fields = call(app.store, "check", {"read_data": read_data}, progress=app.progress)
     findings = fields["findings"]
-    app.result(fields, lambda: "\n".join(findings), long=True)
+    app.result(fields, lambda: "\n".join(finding["message"] for finding in findings), long=True)
     if findings:
         app.warn(f"{len(findings)} thing{'s' if len(findings) > 1 else ''} damaged in {app.store}")
         return Exit.DAMAGE
