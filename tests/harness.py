@@ -87,7 +87,7 @@ class Mount:
     def image(self, volume: str) -> Path:
         return self.mountpoint / f"{volume}.img"
 
-    def silofs(self, *arguments: str, timeout: float = 120.0) -> str:
+    def silofs(self, *arguments: str, timeout: float = 60.0) -> str:
         """Run one verb; its stdout. Failed when it exits with an error."""
         done = self.run(*arguments, timeout=timeout)
         if done.returncode != 0:
@@ -95,22 +95,29 @@ class Mount:
             raise Failed(f"{said}\nlog: {self.log()[-3000:]}", done.returncode)
         return done.stdout
 
-    def silofs_json(self, *arguments: str, timeout: float = 120.0) -> dict[str, Any]:
+    def silofs_json(self, *arguments: str, timeout: float = 60.0) -> dict[str, Any]:
         """Run one verb with --json; the last object that it printed."""
         result: dict[str, Any] = json.loads(self.silofs(*arguments, "--json", timeout=timeout).splitlines()[-1])
         return result
 
-    def run(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """Run one verb, whatever it exits with."""
-        return subprocess.run(
-            [Path(sys.executable).parent / "silofs", *arguments],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+    def run(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run one verb, whatever it exits with. Failed, with the stacks of holder and daemons, when it does not end."""
+        command = [Path(sys.executable).parent / "silofs", *arguments]
+        try:
+            return subprocess.run(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            message = (
+                f"silofs {' '.join(arguments)} did not end in {timeout:.0f} s\n{self._stacks()}\n{self.log()[-3000:]}"
+            )
+            raise Failed(message, -1) from None
 
     def log(self) -> str:
         """What holder and daemons have logged so far."""
@@ -126,15 +133,25 @@ class Mount:
         self.silofs("peer", "allow", other_here, "*", "in")
         return other_here
 
+    def _stacks(self) -> str:
+        """What the processes of this store are doing, as py-spy sees it."""
+        own = [pid for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")) if _serves(pid, self.store)]
+        py_spy = Path(sys.executable).parent / "py-spy"
+        dumps = (
+            subprocess.run([py_spy, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=30, check=False)
+            for pid in own
+        )
+        return "\n".join(dump.stdout + dump.stderr for dump in dumps)
+
     def _end(self) -> None:
         """Take the mount away and end the holder, if they are still there."""
         for _ in range(3):
             if os.path.ismount(self.mountpoint) or _disconnected(self.mountpoint):
                 subprocess.run(["umount", "--lazy", self.mountpoint], check=False, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 5
-        while _is_holder_of(self._holder, self.store) and time.monotonic() < deadline:
+        while _serves(self._holder, self.store) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if _is_holder_of(self._holder, self.store):
+        if _serves(self._holder, self.store):
             os.kill(self._holder, signal.SIGKILL)
 
 
@@ -154,7 +171,7 @@ def _disconnected(path: Path) -> bool:
     return False
 
 
-def _is_holder_of(pid: int, store: Path) -> bool:
+def _serves(pid: int, store: Path) -> bool:
     try:
         return pid > 0 and str(store).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:

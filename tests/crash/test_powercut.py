@@ -43,11 +43,11 @@ def test_synced_writes_survive_and_the_rest_is_a_prefix(
         with disk.cut(count, rng) as mountpoint:
             host = Mount(mountpoint)
             host.silofs("check", "--read-data")
-            host.silofs("export", "vm1", str(exported))
+            host.silofs("export", "vm1", str(exported), "--yes")
             verify(exported, log, after="synced", before_ns=entries[count - 1].moment_ns, in_order=True)
             if count >= middle:
                 assert [snapshot["name"] for snapshot in host.silofs_json("info", "vm1")["snapshots"]] == ["middle"]
-                host.silofs("export", "vm1@middle", str(exported))
+                host.silofs("export", "vm1@middle", str(exported), "--yes")
                 verify(exported, log, after="synced", before_ns=0, in_order=True)
     with capsys.disabled():
         written = len(entries) - first
