@@ -63,6 +63,11 @@ class Machine:
         """Finished was returned: the shell drops the machine."""
         raise NotImplementedError
 
+    @property
+    def unsettled(self) -> bool:
+        """A commit of ownership records is not confirmed, and will be repeated until it is: see `blocked`."""
+        raise NotImplementedError
+
     # What the machines define
 
     def _on_message(self, message: ms.MigrationMessage, now: float) -> None:
@@ -116,3 +121,15 @@ def by_uuid(records: Iterable[Ownership], volumes: tuple[ms.VolumeEpoch, ...]) -
     found = {record.uuid: record for record in records}
     assert all(volume.uuid in found for volume in volumes), "a volume of the group has no ownership record"
     return {volume.uuid: found[volume.uuid] for volume in volumes}
+
+
+def blocked(machines: Iterable[Machine], volumes: Iterable[bytes]) -> bool:
+    """Whether no machine may be made now for these volumes: an older one may yet rewrite their ownership records.
+
+    To be asked before `SourceMachine.start` (which is then Busy) and before `TargetMachine.create` (the message is
+    dropped; it comes again). What the store shows meanwhile may be what that commit is about to overwrite.
+    """
+    wanted = set(volumes)
+    return any(
+        machine.unsettled and any(volume.uuid in wanted for volume in machine.volumes) for machine in machines
+    )

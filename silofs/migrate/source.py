@@ -98,8 +98,7 @@ class SourceMachine(Machine):
     ) -> tuple[SourceMachine, list[ev.Action]]:
         """A new migration of the group `ownership` to the store `peer`. `origin` not empty: a RETURN, of that one.
 
-        Busy or UserError (usage) if it may not start; nothing was changed then. The shell sees to it that no other
-        SourceMachine has one of the volumes (their records say so only once the first commit landed).
+        Busy or UserError (usage) if it may not start; nothing was changed then. The shell asks `machine.blocked` before.
         """
         returning = bool(origin)
         for record in ownership:
@@ -158,6 +157,10 @@ class SourceMachine(Machine):
     @property
     def done(self) -> bool:
         return self.state is State.DONE
+
+    @property
+    def unsettled(self) -> bool:
+        return self.state in (State.STARTING, State.CEDING, State.RETIRING, State.CANCELLING)
 
     @property
     def locked(self) -> bool:

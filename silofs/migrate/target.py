@@ -78,14 +78,13 @@ class TargetMachine(Machine):
         self._found = False
         self._swept = False
         self._find_token = 0
-        self._sweep_after = 0.0
+        self._sweep_after: float | None = None  # the sweep rests until then
         self._progress_at = 0.0
         # verification
         self._theirs: tuple[ms.SegmentDigest, ...] | None = None
         self._ours: tuple[ms.SegmentDigest, ...] | None = None
         self._lost = 0
         self._differs = False
-        self._now = 0.0
 
     @classmethod
     def create(
@@ -125,6 +124,10 @@ class TargetMachine(Machine):
         return self.state is State.DONE
 
     @property
+    def unsettled(self) -> bool:
+        return self._busy and self.state is not State.CLOSING
+
+    @property
     def locked(self) -> bool:
         """Delete and rollback are refused (EBUSY) until complete."""
         return self.state not in (State.COMPLETE, State.CLOSING, State.DONE)
@@ -139,22 +142,12 @@ class TargetMachine(Machine):
         return session == self.session and self.order.expects(request, segment, runs)
 
     def deadline(self) -> float | None:
-        times = [at for at in (self._due, self._retry_at) if at is not None]
-        if self._sweep_after > self._now:
-            times.append(self._sweep_after)
+        times = [at for at in (self._due, self._retry_at, self._sweep_after) if at is not None]
         if self.order.flying and self.session is not None:
             times.append(self._progress_at + limits.PULL_STALL_S)
         return min(times, default=None)
 
     # Connection and time
-
-    def handle(self, event: ev.Event, now: float) -> list[ev.Action]:
-        self._now = now
-        return super().handle(event, now)
-
-    def tick(self, now: float) -> list[ev.Action]:
-        self._now = now
-        return super().tick(now)
 
     def _on_connected(self, now: float) -> None:
         self._forget_requests()
@@ -206,6 +199,8 @@ class TargetMachine(Machine):
             self._commit_token = self._next()
             self._retry = replace(self._retry, token=self._commit_token, rewrite=True)
             self._do(self._retry)
+        if self._sweep_after is not None and now >= self._sweep_after:
+            self._sweep_after = None
         if self.order.flying and self.session is not None and now >= self._progress_at + limits.PULL_STALL_S:
             self.order.reset()
             self._restart_sweep()
@@ -673,7 +668,7 @@ class TargetMachine(Machine):
     def _advance_pages(self, now: float) -> None:
         if self.session is None or not self._manifest_current or not self._maps_complete:
             return
-        sweep = not self.paused and not self.held and now >= self._sweep_after and self._wants_pages
+        sweep = not self.paused and not self.held and self._sweep_after is None and self._wants_pages
         if sweep and not self._find_token and not self._swept and self.order.hungry:
             self._find()
         flying = self.order.flying
