@@ -10,14 +10,16 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
 import trio
 
 from silofs import images, verbs
 from silofs.control import Call, Handler
+from silofs.engine.volume import VolumeState
 from silofs.errors import Unsupported, UserError
+from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -26,7 +28,7 @@ from silofs.verbs import Args, Fields, View
 T = TypeVar("T")
 
 REPORT_S = 0.25  # between two progress lines of work that runs in a thread
-CHANGES = frozenset({"snapshot", "rm", "rename", "resize"})
+CHANGES = frozenset({"snapshot", "rm", "rollback", "rename", "resize"})
 
 
 class Volumes(Protocol):
@@ -40,6 +42,10 @@ class Volumes(Protocol):
 
     @property
     def dirty_bytes(self) -> int: ...
+
+    def volumes(self) -> Iterable[VolumeState]: ...
+
+    def shown(self, record: Volume) -> tuple[Volume, int, int]: ...
 
     async def transact(self, fn: Callable[[WriteTxn], T]) -> T: ...
 
@@ -55,8 +61,8 @@ class Host(Protocol):
 class Service:
     """All verbs of one daemon; without a `host` those that work on volumes.
 
-    before_change: awaited before a snapshot, rm, rename or resize of a volume, with (verb, name); a migration refuses
-    there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
+    before_change: awaited before a snapshot, rm, rollback, rename or resize of a volume, with (verb, name); a migration
+    refuses there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
     """
 
     def __init__(self, engine: Volumes, host: Host | None = None) -> None:
@@ -98,7 +104,15 @@ class Service:
     def view(self) -> View:
         """What verbs show beside the store's records, as of now."""
         opens = Counter(handle.uuid for handle in self._engine.log.handles.items() if not handle.layer)
-        return View(self._engine.store.path, self._about().get("mountpoint"), opens)
+        # Taken now, on the event loop: the verb may run in a thread.
+        buffered = {
+            v.uuid: self._engine.shown(v.record) for v in self._engine.volumes() if isinstance(v.record, Volume)
+        }
+
+        def shown(volume: Volume) -> tuple[Volume, int, int]:
+            return buffered.get(volume.uuid) or (volume, volume.size, volume.data_pages)
+
+        return View(self._engine.store.path, self._about().get("mountpoint"), opens, shown)
 
     def _about(self) -> Fields:
         return {} if self._host is None else self._host.status()

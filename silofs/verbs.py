@@ -40,6 +40,10 @@ ROLES: Final = {
 }
 
 
+def _as_stored(volume: Volume) -> tuple[Volume, int, int]:
+    return volume, volume.size, volume.data_pages
+
+
 @dataclass(frozen=True)
 class View:
     """What a verb shows that is not in the store."""
@@ -47,6 +51,9 @@ class View:
     store: Path
     mountpoint: str | None = None
     opens: Mapping[bytes, int] = field(default_factory=dict)  # open handles by volume
+    shown: Callable[[Volume], tuple[Volume, int, int]] = (
+        _as_stored  # (record, size, data pages), buffered ones included
+    )
 
     def path(self, name: str) -> str | None:
         return None if self.mountpoint is None else f"{self.mountpoint}/{name}{limits.IMAGE_SUFFIX}"
@@ -105,16 +112,17 @@ class Facts:
 
     def info(self, volume: Volume) -> Fields:
         txn = self._txn
-        chain = txn.chain(volume.head)
+        chain = txn.chain(volume.head)  # as of this transaction, whatever is shown below
         ownership = txn.ownership(volume.uuid)
-        allocated = volume.data_pages * PAGE
+        volume, size, pages = self._view.shown(volume)
+        allocated = pages * PAGE
         unique = min(allocated, self.exclusive(volume, chain))
         snapshots = sorted(txn.snapshots(volume.uuid), key=lambda snapshot: (snapshot.created_ns, snapshot.name))
         return {
             "name": volume.name,
             "uuid": str(UUID(bytes=volume.uuid)),
             "path": self._view.path(volume.name),
-            "virtual_size": volume.size,
+            "virtual_size": size,
             "allocated": allocated,
             "unique": unique,
             "shared": allocated - unique,
@@ -333,11 +341,17 @@ def rm(txn: WriteTxn, args: Args, view: View) -> Fields:
     return {"volume": name, "snapshot": None, "snapshots_removed": count}
 
 
-def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
-    """Raises Busy while the volume is in use, or a migration needs its data."""
+def unused(volume: Volume, view: View) -> None:
+    """Raises Busy while somebody has the volume's file open."""
     count = view.opens.get(volume.uuid, 0)
     if count:
-        raise Busy(f"{volume.name} is open {count} times", hint="stop the VM that uses it first")
+        times = "once" if count == 1 else f"{count} times"
+        raise Busy(f"{volume.name} is open {times}", hint="stop the VM that uses it first")
+
+
+def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
+    """Raises Busy while the volume is in use, or a migration needs its data."""
+    unused(volume, view)
     ownership = txn.ownership(volume.uuid)
     role = Role.NONE if ownership is None else ownership.role
     if role in (Role.INCOMING, Role.CEDED):
@@ -362,6 +376,13 @@ def exported(txn: ReadTxn, args: Args) -> tuple[int, int, int]:
         return layer, volume.size, volume.data_pages * PAGE
     taken = txn.find_snapshot(volume.uuid, snapshot)
     return taken.layer, taken.size, taken.data_pages * PAGE
+
+
+def rollback(txn: WriteTxn, args: Args, view: View) -> Fields:
+    volume = owned(txn, name_in(args, "volume"), "a rollback")
+    unused(volume, view)
+    kept = txn.find_snapshot(volume.uuid, name_in(args, "snapshot"))
+    return Facts(txn, view).info(txn.rollback(volume.uuid, kept.layer))
 
 
 def rename(txn: WriteTxn, args: Args, view: View) -> Fields:
@@ -389,6 +410,7 @@ WRITES: Final[dict[str, WriteVerb]] = {
     "snapshot": snapshot,
     "clone": clone,
     "rm": rm,
+    "rollback": rollback,
     "rename": rename,
     "resize": resize,
 }

@@ -88,14 +88,12 @@ def _tools() -> Iterator[Finding]:
 
 
 def _extension() -> Iterator[Finding]:
-    package = importlib.util.find_spec("silofs.mount")
-    places = list(package.submodule_search_locations or ()) if package is not None else []
-    if any(found for place in places for found in Path(place).glob("*.so")):
+    if any(Path(__file__).parents[1].rglob("*.so")):
         yield _say("extension", "ok", "the C extension is built")
     else:
         costs = (
-            "without the C extension a guest's discard frees nothing, holes cannot be seen, locks stay in the kernel, "
-            "and writes with RWF_DSYNC or on handles opened before are not made durable at once"
+            "there is no C extension: a guest's discard frees nothing, holes cannot be seen, locks stay in the kernel, "
+            "and writes with RWF_DSYNC are not made durable at once"
         )
         yield _say("extension", "warning", costs, "guests that flush (all usual ones do) lose nothing by it")
 

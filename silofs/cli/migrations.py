@@ -134,3 +134,32 @@ def switchover_command(app: App, id: str, fence_writer: bool) -> None:
     args = {"id": id, "fence_writer": fence_writer}
     app.result(call(app.store, "migration_switchover", args, offline=False))
     app.note(f"switch-over of {id} asked for")
+
+
+@migration_command.command("pause", short_help="Stop sending, for now.")
+@click.argument("id")
+@common("migration_pause")
+def pause_command(app: App, id: str) -> None:
+    """Stop sending, for now. Pages that a reader waits for are still fetched."""
+    app.result(call(app.store, "migration_pause", {"id": id}, offline=False))
+    app.note(f"paused {id}; silofs migration resume {id} goes on")
+
+
+@migration_command.command("resume", short_help="Go on with a paused migration.")
+@click.argument("id")
+@common("migration_resume")
+def resume_command(app: App, id: str) -> None:
+    """Go on with a paused migration."""
+    app.result(call(app.store, "migration_resume", {"id": id}, offline=False))
+    app.note(f"{id} goes on")
+
+
+@migration_command.command("accept-lost", short_help="Let the old copy go although pages were lost.")
+@click.argument("id")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common("migration_accept_lost")
+def accept_lost_command(app: App, id: str, yes: bool) -> None:
+    """Let the old copy go although some of its pages were damaged and could not be sent."""
+    app.confirm("the pages that could not be sent read as errors at the new home", "let the old copy go", yes=yes)
+    app.result(call(app.store, "migration_accept_lost", {"id": id}, offline=False))
+    app.note(f"accepted what {id} lost")

@@ -31,6 +31,7 @@ VERBS = {
     "du": "volumes",
     "snapshot": "volumes",
     "clone": "volumes",
+    "rollback": "volumes",
     "rm": "volumes",
     "rename": "volumes",
     "resize": "volumes",

@@ -147,6 +147,20 @@ def clone_command(app: App, source: str, new: str) -> None:
     app.note(f"cloned {source} to {new}")
 
 
+@click.command("rollback", short_help="Set a volume back to a snapshot.")
+@click.argument("target", metavar="NAME@SNAP")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common("rollback")
+def rollback_command(app: App, target: str, yes: bool) -> None:
+    """Set a volume back to one of its snapshots. What was written since is lost, unless a later snapshot has it."""
+    volume, snapshot = parse_snapshot(target)
+    found = call(app.store, "info", {"name": volume})["snapshots"]
+    if any(each["name"] == snapshot for each in found):
+        app.confirm(f"what was written to {volume} since {snapshot} will be lost", "go on", yes=yes)
+    app.result(call(app.store, "rollback", {"volume": volume, "snapshot": snapshot}))
+    app.note(f"{volume} is as it was at {snapshot}")
+
+
 @click.command("rm", short_help="Remove a volume or a snapshot.")
 @click.argument("target", metavar="NAME[@SNAP]")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

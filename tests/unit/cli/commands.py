@@ -15,6 +15,8 @@ import trio
 
 from silofs.cli.main import run
 from silofs.control import serve
+from silofs.engine.volume import VolumeState
+from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -82,6 +84,12 @@ class Engine:
     def __init__(self, store: Store, log: WriteLog) -> None:
         self.store = store
         self.log = log
+
+    def volumes(self) -> list[VolumeState]:
+        return []
+
+    def shown(self, record: Volume) -> tuple[Volume, int, int]:
+        return record, record.size, record.data_pages
 
     async def transact(self, fn: Callable[[WriteTxn], T]) -> T:
         return await trio.to_thread.run_sync(self.store.write, fn)

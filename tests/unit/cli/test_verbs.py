@@ -113,6 +113,19 @@ def test_rm_of_a_volume_with_snapshots_asks(either: Silofs) -> None:
     assert either.ok("ls")["volumes"] == []
 
 
+def test_rollback(either: Silofs, tmp_path: Path) -> None:
+    either.ok("import", image(tmp_path / "i", 4 << 20, 3), "vm1")
+    either.ok("snapshot", "vm1@a")
+    either.ok("resize", "vm1", "8192", "--yes")
+    assert either.ok("info", "vm1")["allocated"] == 0
+    assert "--yes" in either.fails(11, "rollback", "vm1@a")["hint"]
+    back = either.ok("rollback", "vm1@a", "--yes")
+    check_info(back, "rollback")
+    assert (back["virtual_size"], back["allocated"]) == (4 << 20, 4096)
+    assert either.fails(10, "rollback", "vm1@b")["code"] == "no_such_snapshot"
+    assert either.ok("check")["damaged"] == 0
+
+
 def test_rename_and_resize(either: Silofs) -> None:
     either.ok("create", "vm1", "--size", "1G")
     check_info(either.ok("rename", "vm1", "vm2"), "rename")
@@ -260,7 +273,7 @@ def test_a_size_that_no_volume_can_have(silofs: Silofs, size: str) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["nosuchverb"], ["create"], ["create", "vm1"], ["ls", "--nosuch"], ["info", "a", "b"], ["rollback", "a"]],
+    [[], ["nosuchverb"], ["create"], ["create", "vm1"], ["ls", "--nosuch"], ["info", "a", "b"], ["top"]],
 )
 def test_a_command_line_that_is_wrong(silofs: Silofs, args: list[str]) -> None:
     done = silofs(*args)
