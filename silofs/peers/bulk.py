@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from silofs import failpoints
 from silofs.blocks import BLOCK_PAGES, LEAF_MASK, LEAF_SHIFT, PAGE
 from silofs.errors import Damaged, ObjectMissing, ProtocolError
 from silofs.extents import Extents
@@ -185,6 +186,7 @@ class Outbound:
                     if wait and self._stopped.wait(wait):
                         return
                     self._lane.send(data)
+                failpoints.hit("bulk.after_reply")
         finally:
             reader.close()
             self._lane.close()
