@@ -12,7 +12,7 @@ from typing import TypeVar
 import trio
 from msgspec import structs
 
-from silofs.blocks import LEAF_SHIFT, PAGE, pages_for
+from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine.commits import Commits
 from silofs.engine.reads import ZEROS, Reads
 from silofs.engine.recover import Recovered, recover
@@ -260,8 +260,8 @@ class Engine:
             self.reads.forget(volume)
             volume.key = self._new_key()
         elif record.size < old_size:
-            first, last = pages_for(record.size) >> LEAF_SHIFT, pages_for(old_size) >> LEAF_SHIFT
-            self.reads.forget_leaves(volume, first, last + 1)
+            # From the leaf that the new end cuts through: its last page was zeroed beyond the end.
+            self.reads.forget_leaves(volume, record.size // LEAF_BYTES, old_size // LEAF_BYTES + 1)
         self._show(volume, record)
 
     def _show(self, volume: VolumeState, record: Volume) -> None:

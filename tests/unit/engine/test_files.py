@@ -178,6 +178,17 @@ async def test_shrink_then_grow_shows_zeros(rig: Rig) -> None:
         assert volume.writable
 
 
+async def test_a_shrink_into_the_last_page_of_a_leaf(rig: Rig) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume(2 * LEAF_BYTES)
+        await write(engine, volume, LEAF_BYTES - PAGE, page(7))
+        await engine.flush(volume)
+        assert await read(engine, volume, LEAF_BYTES - PAGE, PAGE) == page(7)
+        await engine.resize(volume, LEAF_BYTES - 50)
+        await engine.resize(volume, 2 * LEAF_BYTES)
+        assert await read(engine, volume, LEAF_BYTES - PAGE, PAGE) == page(7)[:-50] + bytes(50)
+
+
 async def test_a_snapshot_keeps_what_was(rig: Rig) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
