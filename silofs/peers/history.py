@@ -80,6 +80,16 @@ class History:
             self._write(RETAINED + uuid.hex(), msgspec.msgpack.encode(self._retained[uuid]))
         self._look.set()
 
+    def close(
+        self, txn: WriteTxn, migration: bytes, fields: dict[str, Any], retire: set[bytes], retain_s: float
+    ) -> None:
+        """`end`, in the transaction that deletes the migration's record: for a daemon that dies right after it."""
+        extras = self.extras(migration)
+        closed = Extras(extras.retain_s, extras.bandwidth, extras.started, fields)
+        txn.put_value(TABLE, MIGRATION + migration.hex(), msgspec.msgpack.encode(closed))
+        for uuid in retire:
+            txn.put_value(TABLE, RETAINED + uuid.hex(), msgspec.msgpack.encode(time.time() + retain_s))
+
     def ended(self) -> list[dict[str, Any]]:
         return [extras.ended for extras in self._known.values() if extras.ended is not None]
 

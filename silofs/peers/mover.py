@@ -17,6 +17,7 @@ import trio
 
 from silofs import failpoints
 from silofs.errors import Damaged, ProtocolError, SiloError, StoreFull
+from silofs.layers.transaction import WriteTxn
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Priority, Refusal, Run
 from silofs.migrate.source import SourceMachine
@@ -327,7 +328,16 @@ class Mover:
         record = self.record
         if commit.rewrite:
             await shop.reopened()
-        changed = await shop.engine.transact(lambda txn: records.apply(txn, commit, record))
+        fields = self._closing(commit) if self.id in commit.drop else None
+        retire = {mine.uuid for mine in commit.ownership if mine.role is Role.RETIRED}
+
+        def apply(txn: WriteTxn) -> set[bytes]:
+            changed = records.apply(txn, commit, record)
+            if fields is not None:
+                shop.history.close(txn, self.id, fields, retire, self.progress.retain_s)
+            return changed
+
+        changed = await shop.engine.transact(apply)
         # The gates follow the records in the step in which the transaction is published, and before anybody is told.
         shop.engine.apply_ownership(changed)
         if any(mine.role is Role.CEDED for mine in commit.ownership):
@@ -337,6 +347,13 @@ class Mover:
         for migration in commit.drop:
             if migration != self.id:
                 shop.superseded(migration)
+
+    def _closing(self, commit: ev.Commit) -> dict[str, object]:
+        """How the migration will have ended when this commit, which deletes its record, is durable."""
+        fields = self._shop.fields(self)
+        complete = self.progress.phase in (Phase.CEDED, Phase.PULLING, Phase.COMPLETE)
+        phase = Phase.COMPLETE if complete else Phase.CANCELLED
+        return fields | {"phase": phase.value, "verified": complete and not fields["lost_pages"], "bytes_left": 0}
 
 
 def _step_of(commit: ev.Commit, side: Side) -> str:

@@ -1,4 +1,4 @@
-"""Either daemon dies at a named step of the protocol: the migration goes on, and nothing that was acknowledged is missing.
+"""Either daemon dies at a named step of the protocol: the migration goes on, and nothing acknowledged is missing.
 
 Each failpoint fires once (SILOFS_FAIL_DIR); the holder starts the next daemon, which resumes from its records.
 """
@@ -50,7 +50,7 @@ def failing(directory: Path, points: tuple[str, ...]) -> dict[str, str]:
 
 
 def spent(directory: Path) -> set[str]:
-    return set(os.listdir(directory / "spent"))
+    return {path.name for path in (directory / "spent").iterdir()}
 
 
 def move_under_kills(tmp_path: Path, source: tuple[str, ...], target: tuple[str, ...]) -> None:
@@ -60,7 +60,9 @@ def move_under_kills(tmp_path: Path, source: tuple[str, ...], target: tuple[str,
     ):
         there = a.pair(b)
         a.silofs("create", "vm1", "--size", "64M")
-        a.image("vm1").open("r+b").write(os.urandom(16 * MIB))
+        still = os.urandom(16 * MIB)
+        with a.image("vm1").open("r+b", buffering=0) as image:
+            os.pwrite(image.fileno(), still, 32 * MIB)
         writer = Writer([a.image("vm1"), b.image("vm1")], PAGES, pause=0.001)
         writer.start()
         until(lambda: writer.acknowledged > 200, "the writer writes")
@@ -76,6 +78,7 @@ def move_under_kills(tmp_path: Path, source: tuple[str, ...], target: tuple[str,
         until(lambda: writer.stale and writer.acknowledged > writer.stale[0] + 200, "the writer goes on at B")
         writer.stop()
         writer.check(b.image("vm1"))
+        assert b.image("vm1").read_bytes()[32 * MIB : 48 * MIB] == still
         assert b.silofs_json("info", "vm1")["role"] == "owner"
         assert a.silofs_json("info", "vm1")["role"] == "tombstone"
         for side in (a, b):
