@@ -231,7 +231,9 @@ class Adapter(Hooks):
 
     @guarded
     async def flush(self, fh: int) -> None:
-        """close(2): nothing is lost by not waiting for the disk here, as with any file system."""
+        """close(2) waits for no disk here, so the kernel need not ask: a program that starts another one closes its
+        files in the child, and would hang in that while requests are held."""
+        raise FUSEError(errno.ENOSYS)
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -327,15 +327,17 @@ class Holder:
         """Wait for the next event or the next due time, and do what it asks for."""
         due = self._due()
         timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
-        for fd, _events in self._poller.poll(timeout):
-            self._attempt(self._watched.get(fd))  # an earlier callback of this turn may have ended it
+        ready = [(fd, self._watched.get(fd)) for fd, _events in self._poller.poll(timeout)]
+        for fd, then in ready:
+            # An earlier callback of this turn may have closed it, and its number may be another descriptor's by now.
+            if then is not None and self._watched.get(fd) is then:
+                self._attempt(then)
         self._attempt(lambda: self._timers(time.monotonic()))
 
-    def _attempt(self, then: Callable[[], None] | None) -> None:
+    def _attempt(self, then: Callable[[], None]) -> None:
         """A fault of ours must not take the mount of running VMs along: it is reported, and the holder goes on."""
         try:
-            if then is not None:
-                then()
+            then()
         except Exception as error:
             if self._generations == 0:
                 raise

@@ -1,0 +1,32 @@
+"""The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+STORE = Path(sys.argv[sys.argv.index("--store") + 1])
+
+if (STORE / "die").exists():
+    os._exit(3)  # as a daemon does whose installation is broken
+
+from silofs import daemon  # noqa: E402
+from silofs.errors import BadFormat  # noqa: E402
+from silofs.layers.store import Store  # noqa: E402
+from silofs.mount.fuse import Adapter  # noqa: E402
+
+
+class PickyStore(Store):
+    @classmethod
+    def open(cls, path: Path, **rest: object) -> Store:  # type: ignore[override]
+        if (STORE / "refuse").exists():
+            raise BadFormat("this test refuses the store")
+        return super().open(path, **rest)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    daemon.Store = PickyStore  # type: ignore[misc]
+    if (STORE / "dialect").exists():
+        Adapter.enable_writeback_cache = True
+    sys.exit(daemon.main())
