@@ -98,7 +98,7 @@ class SourceMachine(Machine):
     ) -> tuple[SourceMachine, list[ev.Action]]:
         """A new migration of the group `ownership` to the store `peer`. `origin` not empty: a RETURN, of that one.
 
-        Busy or UserError (usage) if it may not start; nothing was changed then. The shell asks `machine.blocked` before.
+        Busy or UserError (usage) if it may not start; nothing was changed then. Ask `machine.blocked` before.
         """
         returning = bool(origin)
         for record in ownership:

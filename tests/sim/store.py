@@ -115,8 +115,8 @@ class State:
         for owner in commit.ownership:
             was = self.ownership(owner.uuid).role
             new.own[owner.uuid] = owner
-            if owner.role is Role.OWNER and was is not Role.OWNER:
-                assert record is not None
+            arrives = record is not None and record.side is Side.TARGET
+            if owner.role is Role.OWNER and was is not Role.OWNER and arrives and record is not None:
                 tops = {head.volume: head.base for head in record.heads}
                 new.heads[owner.uuid] = Layer(tops[owner.uuid], {})
                 new.snapshots[owner.uuid] = {s.name: s.segment for s in record.snapshots if s.volume == owner.uuid}

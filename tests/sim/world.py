@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
-from silofs import limits
 from silofs.errors import SiloError
 from silofs.migrate import events as ev
 from silofs.migrate import messages as ms
@@ -22,14 +20,12 @@ from silofs.migrate import strays
 from silofs.migrate.machine import Machine, blocked
 from silofs.migrate.plan import newest_common
 from silofs.migrate.source import SourceMachine
-from silofs.migrate.states import Mode, Options, Phase, Role, Side, Switchover
-from silofs.migrate.target import OWNS, TargetMachine
-from silofs.migrate.target import State as TargetState
+from silofs.migrate.states import Mode, Options, Ownership, Phase, Role, Side, Switchover
+from silofs.migrate.target import TargetMachine
 from silofs.migrate.wire import FrameReader, FrameWriter
 from tests.sim.store import LOST, PAGES, REMOTE, SIZE, Layer, State
 
 HELLO = ms.Hello((1, 1), b"s" * 16, b"s" * 16, (), (), ())
-CHECK = ms.Hello  # the wire is exercised with every message: see World.send
 
 
 class Violation(AssertionError):
@@ -87,8 +83,6 @@ class World:
         layers = {b"golden----------": Layer(b"", {0: self.number(), 1: self.number()})}
         both = State(layers=dict(layers))
         mine = State(layers=dict(layers))
-        from silofs.migrate.states import Ownership
-
         for volume in self.volumes:
             parent = b"golden----------" if golden else b""
             mine.heads[volume] = Layer(parent, {page: self.number() for page in range(2, 5)})
@@ -389,10 +383,11 @@ class World:
     def _freeze(self, node: Node, action: ev.Freeze) -> ev.Frozen:
         sealed = self._seal(node, action)
         tops = {above.volume: node.cache.heads[above.volume].parent for above in action.volumes}
-        maps = []
-        for segment in sealed.segments:
-            if segment.uuid in tops.values() and self.random.random() < 0.8:
-                maps.append(node.cache.map_part(segment, 0, self.random.choice((1, 8))))
+        maps = [
+            node.cache.map_part(segment, 0, self.random.choice((1, 8)))
+            for segment in sealed.segments
+            if segment.uuid in tops.values() and self.random.random() < 0.8
+        ]
         heads = tuple(ms.Base(volume, top) for volume, top in tops.items())
         return ev.Frozen(
             action.token,
@@ -512,19 +507,6 @@ class World:
 
     def content(self, node: Node, volume: bytes) -> dict[int, int]:
         """What the owner's guest would read, pages that are at the peer included (I4)."""
-        pages = node.cache.read(volume)
-        if REMOTE not in pages.values():
-            return pages
-        head = node.cache.heads[volume]
-        for uuid in reversed(node.cache.chain(head.parent)):
-            for page, value in node.cache.layers[uuid].pages.items():
-                if pages.get(page) == REMOTE and value == REMOTE:
-                    pages[page] = self._at_peer(node, volume, uuid, page)
-                elif value != REMOTE and pages.get(page) != value and uuid in node.cache.chain(head.parent):
-                    continue
-        return self._resolve(node, volume)
-
-    def _resolve(self, node: Node, volume: bytes) -> dict[int, int]:
         head = node.cache.heads[volume]
         pages: dict[int, int] = {}
         for uuid in reversed(node.cache.chain(head.parent)):
@@ -591,11 +573,11 @@ class World:
                 raise Violation(f"I3 {node.name}: epoch falls from {was.epoch} to {now.epoch}")
             if now.role is Role.OWNER and was.role is not Role.OWNER:
                 theirs = peer.disk.ownership(volume)
-                granted = theirs.role is Role.CEDED and theirs.epoch == now.epoch and theirs.peer == node.id
-                if not granted:
-                    raise Violation(f"I5 {node.name} becomes owner at {now.epoch}; peer is {theirs.role}({theirs.epoch})")
-            if now.role is Role.RETIRED and was.role is Role.CEDED and peer.disk.heads.get(volume) is not None:
-                if peer.disk.ownership(volume).epoch == now.epoch and peer.disk.remote(volume):
+                if theirs.role is not Role.CEDED or theirs.epoch != now.epoch or theirs.peer != node.id:
+                    raise Violation(f"I5 {node.name} owns at {now.epoch}; the peer is {theirs.role}({theirs.epoch})")
+            if now.role is Role.RETIRED and was.role is Role.CEDED:
+                theirs = peer.disk.ownership(volume)
+                if theirs.role is Role.OWNER and theirs.epoch == now.epoch and peer.disk.remote(volume):
                     raise Violation("I7 the source retires and the owner's disk still misses pages")
 
     def retire(self, node: Node) -> None:
@@ -827,6 +809,20 @@ class World:
                 raise Violation("I6 it ends with a migration on record")
         return True
 
+    def settled_pair(self) -> bool:
+        """No machine is left at either end."""
+        return all(node.up and not node.machines for node in self.nodes)
+
+    def until(self, reached: Callable[[], bool], limit: int = 2000) -> None:
+        """Steps without faults until `reached`."""
+        for _ in range(limit):
+            if reached():
+                return
+            if not self.progress():
+                self.tick()
+                self.check()
+        raise Violation("I6 the state that the test waits for is not reached: " + self.describe())
+
     def describe(self) -> str:
         return "; ".join(
             f"{node.name}: "
@@ -835,5 +831,3 @@ class World:
             for node in self.nodes
         )
 
-
-__all__ = ["OWNS", "Bulk", "Node", "TargetState", "Violation", "World", "limits", "msgspec"]
