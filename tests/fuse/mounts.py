@@ -74,7 +74,8 @@ class Mount:
         """Make the store if there is none, and mount it."""
         from silofs.layers.store import Store
 
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.is_mounted:  # a dead mount is there, and can only be asked by its name
+            self.path.mkdir(parents=True, exist_ok=True)
         if not (self.store / "lock").exists():
             Store.create(self.store)
         command = launcher.command(
