@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
 from silofs import failpoints
-from silofs.blocks import PAGE
 from silofs.errors import Damaged, SiloError, StoreFull
 from silofs.extents import Extents
 from silofs.layers.store import Store
@@ -29,7 +28,7 @@ from silofs.peers.bulk import Pages
 
 log = logging.getLogger(__name__)
 
-BATCH_PAGES = 512  # of the sweep in one transaction: 2 MiB, a few milliseconds
+BATCH_PAGES = 1024  # of the sweep in one transaction: 4 MiB
 Filled = dict[int, list[int]]  # layer id -> pages
 Taken = Callable[[int], None]
 
@@ -89,7 +88,7 @@ class Arrivals:
             raise Damaged(f"page {page} was damaged where it came from", hint="overwrite it, or restore it from a copy")
         return waiter.data
 
-    def _wake_readers(self, segment: bytes, pages: Pages) -> None:
+    def _wake_readers(self, segment: bytes, pages: dict[int, memoryview]) -> None:
         if not self._waiting:
             return
         for page, data in pages.items():
@@ -103,11 +102,10 @@ class Arrivals:
     def pages(self, receiver: Receiver, frame: PagesFrame, pages: Pages, taken: Taken, *, demand: bool) -> None:
         """Take the pages of a frame; dropped if nobody asked for them. `taken` is called with their bytes once they
         are stored, or dropped."""
-        runs = runs_of(pages)
-        if not receiver.expects(frame.session, frame.request, frame.segment, runs):
-            taken(len(pages) * PAGE)
+        if not receiver.expects(frame.session, frame.request, frame.segment, pages.runs):
+            taken(pages.nbytes)
             return
-        self._wake_readers(frame.segment, pages)
+        self._wake_readers(frame.segment, pages.data)
         batch = _Batch(receiver, frame.session, frame.request, frame.segment, pages, frame.last, taken)
         self._queues[demand].append(batch)
         self._wake[demand].set()
@@ -143,16 +141,16 @@ class Arrivals:
                 self._wake[demand] = trio.Event()
                 await self._wake[demand].wait()
             batch = [queue.popleft()]
-            size = len(batch[0].pages)
-            while queue and size + len(queue[0].pages) <= BATCH_PAGES:
-                size += len(queue[0].pages)
+            size = len(batch[0].pages.data)
+            while queue and size + len(queue[0].pages.data) <= BATCH_PAGES:
+                size += len(queue[0].pages.data)
                 batch.append(queue.popleft())
             await self._fill(batch, demand)
 
     async def _fill(self, batch: list[_Batch], demand: bool) -> None:
-        wanted: dict[bytes, Pages] = {}
+        wanted: dict[bytes, dict[int, memoryview]] = {}
         for part in batch:
-            wanted.setdefault(part.segment, {}).update(part.pages)
+            wanted.setdefault(part.segment, {}).update(part.pages.data)
         wanted = {segment: pages for segment, pages in wanted.items() if pages}
 
         def fill(txn: WriteTxn) -> Filled:
@@ -176,17 +174,9 @@ class Arrivals:
             log.error("pages that arrived cannot be stored: %s", error)
             failed = Refusal.STORE
         for part in batch:
-            part.taken(len(part.pages) * PAGE)
+            part.taken(part.pages.nbytes)
             if failed is not None:
                 part.receiver.stored(PagesFailed(part.session, part.request, part.segment, failed), 0)
             else:
-                durable = PagesDurable(part.session, part.request, part.segment, runs_of(part.pages), part.last)
-                part.receiver.stored(durable, len(part.pages) * PAGE)
-
-
-def runs_of(pages: Iterable[int]) -> tuple[Run, ...]:
-    """Page numbers as ascending runs."""
-    ordered = sorted(pages)
-    starts = [at for at, page in enumerate(ordered) if not at or page != ordered[at - 1] + 1]
-    ends = [*starts[1:], len(ordered)]
-    return tuple(Run(ordered[start], end - start) for start, end in zip(starts, ends, strict=False))
+                durable = PagesDurable(part.session, part.request, part.segment, part.pages.runs, part.last)
+                part.receiver.stored(durable, part.pages.nbytes)

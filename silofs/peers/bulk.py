@@ -27,6 +27,7 @@ from silofs.blocks import BLOCK_PAGES, LEAF_MASK, LEAF_SHIFT, PAGE
 from silofs.errors import Damaged, ObjectMissing, ProtocolError
 from silofs.extents import Extents
 from silofs.layers.reader import ReadTxn
+from silofs.layers.schema import Refs
 from silofs.layers.store import Store
 from silofs.migrate import wire
 from silofs.migrate.codec import Block, Codec
@@ -40,7 +41,21 @@ JOBS_MAX = 4096  # asked for and not yet sent
 ARRIVED_BYTES_MAX = 8 << 20  # decoded by the receiving thread and not yet taken by the loop
 BURST_S = 0.1  # of a bandwidth limit: what may go out at once
 Frame = AnyMessage | wire.PagesFrame
-Pages = dict[int, memoryview]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What a frame brought: page number -> 4096 bytes, and the same numbers as ascending runs."""
+
+    data: dict[int, memoryview]
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data) * PAGE
+
+
+NOTHING = Pages({}, ())
 
 
 class Bandwidth:
@@ -98,16 +113,13 @@ class PagesJob:
         except NotHere:
             yield Unserved(*header, self.request, segment.uuid)
             return
+        part = _Slice(reader, layer, above)
         lost = Extents()
         blocks: list[Block] = []
         for number, pages in _by_block(self.runs):
-            found: dict[int, bytes | memoryview] = {}
-            for page in pages:
-                data = _page(reader, layer, above, page)
-                if data is None:
-                    lost.add(page, page + 1)
-                else:
-                    found[page] = data
+            found, damaged = part.block(pages)
+            for page in damaged:
+                lost.add(page, page + 1)
             if found:
                 if len(blocks) == wire.BLOCKS_MAX:
                     yield self._frame(blocks, last=False)
@@ -223,13 +235,12 @@ class Inbound:
             while data := self._lane.receive():
                 for frame in self._reader.feed(data):
                     pages = unpack(frame, codec)
-                    size = len(pages) * PAGE
                     with self._room:
                         while self._held > ARRIVED_BYTES_MAX and not self._stopped:
                             self._room.wait()
                         if self._stopped:
                             return
-                        self._held += size
+                        self._held += pages.nbytes
                     self._token.run_sync_soon(self._deliver, frame, pages)
         except trio.RunFinishedError:
             pass
@@ -239,11 +250,18 @@ class Inbound:
 
 def unpack(frame: Frame, codec: Codec) -> Pages:
     """The pages of a frame, checked; none for a message. ProtocolError."""
-    pages: Pages = {}
-    if isinstance(frame, wire.PagesFrame):
-        for block in frame.blocks:
-            pages.update(codec.decode(frame.segment, block))
-    return pages
+    if not isinstance(frame, wire.PagesFrame):
+        return NOTHING
+    data: dict[int, memoryview] = {}
+    for block in frame.blocks:
+        data.update(codec.decode(frame.segment, block))
+    runs: list[tuple[int, int]] = []
+    for page in data:  # ascending: blocks come in order, and pages in a block do
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return Pages(data, tuple(Run(first, end - first) for first, end in runs))
 
 
 def _by_block(runs: tuple[Run, ...]) -> Iterator[tuple[int, list[int]]]:
@@ -253,18 +271,40 @@ def _by_block(runs: tuple[Run, ...]) -> Iterator[tuple[int, list[int]]]:
         yield number, list(group)
 
 
-def _page(reader: ReadTxn, layer: int, above: int, page: int) -> bytes | memoryview | None:
-    """One page of a slice; None if it is damaged or lost here. What is neither data nor zero has no bytes to send."""
-    for attempt in (0, 1):
-        try:
-            refs = reader.resolve(layer, page >> LEAF_SHIFT, above=above)
-            return reader.page(int(refs[page & LEAF_MASK]))
-        except ObjectMissing:
-            if attempt:
-                log.error("page %d of layer %d is missing and cannot be sent", page, layer)
-                return None
-            reader.renew()
-        except Damaged as error:
-            log.error("page %d of layer %d cannot be sent: %s", page, layer, error)
-            return None
-    raise AssertionError("two attempts return")
+class _Slice:
+    """Pages of a segment, its leaves resolved once each."""
+
+    def __init__(self, reader: ReadTxn, layer: int, above: int) -> None:
+        self._reader = reader
+        self._layer = layer
+        self._above = above
+        self._number = -1
+        self._leaf: Refs
+
+    def block(self, pages: list[int]) -> tuple[dict[int, memoryview | bytes], list[int]]:
+        """(the bytes of these pages, those that are damaged or lost here). Views are valid until the next call."""
+        for attempt in (0, 1):
+            found: dict[int, memoryview | bytes] = {}
+            lost: list[int] = []
+            for page in pages:
+                try:
+                    found[page] = self._reader.page(self._ref(page))
+                except ObjectMissing as error:
+                    if not attempt:
+                        break  # moved meanwhile: once more from the start, because a renewal ends the other views too
+                    log.error("page %d of layer %d cannot be sent: %s", page, self._layer, error)
+                    lost.append(page)
+                except Damaged as error:
+                    log.error("page %d of layer %d cannot be sent: %s", page, self._layer, error)
+                    lost.append(page)
+            else:
+                return found, lost
+            self._reader.renew()
+            self._number = -1
+        raise AssertionError("the second attempt returns")
+
+    def _ref(self, page: int) -> int:
+        if page >> LEAF_SHIFT != self._number:
+            self._leaf = self._reader.resolve(self._layer, page >> LEAF_SHIFT, above=self._above)
+            self._number = page >> LEAF_SHIFT
+        return self._leaf.item(page & LEAF_MASK)

@@ -296,10 +296,10 @@ class Migrations:
 
         mover = self._mover(link, frame.migration)
         if mover is None or frame.session != link.id:
-            taken(len(pages) * 4096)
+            taken(pages.nbytes)
             return
         if demand:
-            mover.progress.traffic.received_demand += len(pages) * 4096
+            mover.progress.traffic.received_demand += pages.nbytes
         self._arrivals.pages(mover, frame, pages, taken, demand=demand)
 
     def _message(self, link: Link, message: AnyMessage) -> None:
