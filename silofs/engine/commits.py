@@ -240,7 +240,7 @@ class Commits:
         self.failed = error
         self.failures += 1
         self.credit = 0
-        self._dirt.set()
+        self.kick()
         batch.settle(error)
 
     def _begin_batch(self) -> Batch:

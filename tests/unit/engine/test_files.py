@@ -12,10 +12,10 @@ from silofs.errors import BadSize, NoSuchVolume, ReadOnly
 
 from .rig import MIB, Rig, outcome, page, read, write
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_a_write_is_read_while_it_waits_while_it_is_committed_and_after(rig: Rig) -> None:
+async def test_a_write_is_read_while_it_waits_while_it_is_committed_and_after(
+    rig: Rig, autojump_clock: MockClock
+) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 3 * PAGE, page(1))
@@ -30,7 +30,7 @@ async def test_a_write_is_read_while_it_waits_while_it_is_committed_and_after(ri
         assert await read(engine, volume, 3 * PAGE, PAGE) == expected
 
 
-async def test_a_warm_page_is_read_without_a_thread(rig: Rig) -> None:
+async def test_a_warm_page_is_read_without_a_thread(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 0, page(1) + page(2))
@@ -42,7 +42,7 @@ async def test_a_warm_page_is_read_without_a_thread(rig: Rig) -> None:
         assert rig.inline.jobs == jobs
 
 
-async def test_an_object_that_was_not_looked_up_lately_is_read_by_a_thread(rig: Rig) -> None:
+async def test_an_object_that_was_not_looked_up_lately_is_read_by_a_thread(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         for number in range(40):
@@ -64,7 +64,7 @@ async def test_an_object_that_was_not_looked_up_lately_is_read_by_a_thread(rig: 
         assert engine.read_now(volume, 0, PAGE) is None
 
 
-async def test_nothing_is_read_beyond_the_end_and_nothing_short_before_it(rig: Rig) -> None:
+async def test_nothing_is_read_beyond_the_end_and_nothing_short_before_it(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(2 * PAGE + 512)
         await write(engine, volume, 2 * PAGE, b"e" * 512)
@@ -77,7 +77,7 @@ async def test_nothing_is_read_beyond_the_end_and_nothing_short_before_it(rig: R
             await engine.flush(volume)
 
 
-async def test_a_write_beyond_the_end_grows_the_volume(rig: Rig) -> None:
+async def test_a_write_beyond_the_end_grows_the_volume(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(0)
         await write(engine, volume, 0, b"a" * 1000)
@@ -95,7 +95,7 @@ async def test_a_write_beyond_the_end_grows_the_volume(rig: Rig) -> None:
         assert (await read(engine, volume, 0, MIB))[-2:] == b"\0c"
 
 
-async def test_a_long_write_and_a_long_read(rig: Rig) -> None:
+async def test_a_long_write_and_a_long_read(rig: Rig, autojump_clock: MockClock) -> None:
     data = os.urandom(MIB + 12345)
     async with rig.running() as engine:
         volume = await rig.volume(8 * MIB)
@@ -111,7 +111,7 @@ async def test_a_long_write_and_a_long_read(rig: Rig) -> None:
         assert await read(engine, volume, LEAF_BYTES - 70000, len(data)) == mixed
 
 
-async def test_holes_are_read_inline_and_cost_no_page(rig: Rig) -> None:
+async def test_holes_are_read_inline_and_cost_no_page(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(1 << 40)
         assert await read(engine, volume, 1 << 39, MIB) == bytes(MIB)
@@ -120,7 +120,7 @@ async def test_holes_are_read_inline_and_cost_no_page(rig: Rig) -> None:
         assert data == bytes(MIB)
 
 
-async def test_discard_makes_zeros_and_frees(rig: Rig) -> None:
+async def test_discard_makes_zeros_and_frees(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(64 * PAGE)
         for number in range(64):
@@ -146,7 +146,7 @@ async def test_discard_makes_zeros_and_frees(rig: Rig) -> None:
         assert engine.shown(volume.record)[2] == 0  # type: ignore[arg-type]
 
 
-async def test_a_huge_discard_is_one_record(rig: Rig) -> None:
+async def test_a_huge_discard_is_one_record(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(1 << 45)
         await write(engine, volume, 1 << 44, page(1))
@@ -159,7 +159,7 @@ async def test_a_huge_discard_is_one_record(rig: Rig) -> None:
         assert await read(engine, volume, 1 << 44, PAGE) == bytes(PAGE)
 
 
-async def test_shrink_then_grow_shows_zeros(rig: Rig) -> None:
+async def test_shrink_then_grow_shows_zeros(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(3 * LEAF_BYTES)
         for at in range(0, 3 * LEAF_BYTES, LEAF_BYTES // 2):
@@ -178,7 +178,7 @@ async def test_shrink_then_grow_shows_zeros(rig: Rig) -> None:
         assert volume.writable
 
 
-async def test_a_shrink_into_the_last_page_of_a_leaf(rig: Rig) -> None:
+async def test_a_shrink_into_the_last_page_of_a_leaf(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume(2 * LEAF_BYTES)
         await write(engine, volume, LEAF_BYTES - PAGE, page(7))
@@ -189,7 +189,7 @@ async def test_a_shrink_into_the_last_page_of_a_leaf(rig: Rig) -> None:
         assert await read(engine, volume, LEAF_BYTES - PAGE, PAGE) == page(7)[:-50] + bytes(50)
 
 
-async def test_a_snapshot_keeps_what_was(rig: Rig) -> None:
+async def test_a_snapshot_keeps_what_was(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 0, page(1))
@@ -208,7 +208,7 @@ async def test_a_snapshot_keeps_what_was(rig: Rig) -> None:
         assert await read(engine, volume, PAGE, PAGE) == bytes(PAGE)
 
 
-async def test_a_seal_leaves_the_cache_warm_and_a_rollback_does_not(rig: Rig) -> None:
+async def test_a_seal_leaves_the_cache_warm_and_a_rollback_does_not(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 0, page(1))
@@ -226,7 +226,7 @@ async def test_a_seal_leaves_the_cache_warm_and_a_rollback_does_not(rig: Rig) ->
         assert await read(engine, volume, 0, 3 * PAGE) == page(1) + bytes(2 * PAGE)
 
 
-async def test_a_deleted_volume_is_gone(rig: Rig) -> None:
+async def test_a_deleted_volume_is_gone(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 0, page(1))

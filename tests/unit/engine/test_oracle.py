@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine import Engine, Threads, VolumeState
@@ -88,9 +89,7 @@ async def check(engine: Engine, volume: VolumeState, oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_random_operations_and_deaths(
-    make_rig: Callable[..., Rig], seed: int, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_random_operations_and_deaths(make_rig: Callable[..., Rig], seed: int, autojump_clock: MockClock) -> None:
     rig, oracle = make_rig(ring=(MIB // 4, 2 * MIB)[seed % 2]), Oracle(seed)
     async with rig.running() as engine:
         uuid = (await rig.volume(SIZE)).uuid
@@ -148,7 +147,9 @@ async def test_writers_side_by_side_with_real_threads(make_rig: Callable[..., Ri
     assert os.fstat(rig.fd).st_size
 
 
-async def test_a_page_that_is_overwritten_while_a_thread_reads_it(make_rig: Callable[..., Rig]) -> None:
+async def test_a_page_that_is_overwritten_while_a_thread_reads_it(
+    make_rig: Callable[..., Rig], autojump_clock: MockClock
+) -> None:
     """The thread's bytes are of before the commit; a patch that came after it must not lie over them."""
     rig = make_rig()
     async with rig.running() as engine:
@@ -175,7 +176,7 @@ async def test_a_page_that_is_overwritten_while_a_thread_reads_it(make_rig: Call
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reader)
-            await trio.testing.wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
             await write(engine, volume, 0, b"2" * PAGE)
             await engine.flush(volume)
             await write(engine, volume, 0, b"3" * 10)
