@@ -54,7 +54,7 @@ class Layer(Record, frozen=True, array_like=True):
     uuid: bytes = b""  # names the content of the chain at this point; drawn when it is sealed
     sealed: bool = False
     leaves: int = 0  # leaf records
-    chunks: bytes = b""  # bitmap of the presence chunks that exist, without trailing zero bytes
+    chunks: bytes = b""  # u32 of every presence chunk: 0, or the short checksum of its record; no trailing zeros
     own_pages: int = 0  # entries DATA or LONE: pages stored for this layer
     remote_pages: int = 0  # entries REMOTE: still at a peer
     lost_pages: int = 0  # entries LOST
@@ -137,6 +137,8 @@ class State(Record, frozen=True, array_like=True):
     next_layer: int = 1
     next_inode: int = 2  # 1 is the mount's root
     lsn: int = 0  # the highest applied one of any volume, deleted ones included
+    txn: int = 0  # id of the transaction that wrote this record, and with it all others
+    catalog: int = 0  # all checksums of catalog records, XORed
     opens: int = 0
     rows: dict[str, int] = {}  # records per catalog table: what proves that one is not there
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 
 from silofs.blocks import pages_for
 from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume
@@ -37,6 +38,7 @@ class CatalogReader:
         self._floor_maps: dict[int, dict[int, int]] = {}
         self._bitmaps: dict[tuple[int, int], bytes | bytearray] = {}
         self._stacks: dict[tuple[int, int], tuple[list[Layer], np.ndarray[Any, np.dtype[np.uint8]]]] = {}
+        self._sums: dict[tuple[int, int], npt.NDArray[np.uint32] | None] = {}
         self._counted: set[str] = set()
 
     def renew(self) -> None:
@@ -76,7 +78,7 @@ class CatalogReader:
                 key, value = cursor.item()
                 if prefix and bytes(key[: len(prefix)]) != prefix:
                     return
-                yield bytes(key), value
+                yield checked_key(table, key), value
                 found = cursor.next()
         except lmdb.Error as error:
             raise Damaged(f"table {table.name} cannot be read: {error}") from error
@@ -85,7 +87,7 @@ class CatalogReader:
         """Every key, ascending. Values are not touched: for large ones that is much cheaper than `scan`."""
         try:
             for key in self._txn.cursor(db=self._environment.tables[table]).iternext(keys=True, values=False):
-                yield bytes(key)
+                yield checked_key(table, key)
         except lmdb.Error as error:
             raise Damaged(f"table {table.name} cannot be read: {error}") from error
 
@@ -231,3 +233,28 @@ class CatalogReader:
                 floor = min(floor, pages_for(layer.clip))
             self._floor_maps[layer_id] = floors
         return floors
+
+
+def checked_key(table: Table, key: memoryview) -> bytes:
+    """A key that LMDB returned; Damaged when it is none of this table's."""
+    if table.key_bytes and len(key) != table.key_bytes:
+        raise Damaged(f"table {table.name} has keys of another")
+    return bytes(key)
+
+
+def verify_catalog(txn: CatalogReader) -> None:
+    """Damaged unless the catalog is, record for record, what the newest transaction left.
+
+    A sound record of the past in the place of the newest one passes its own checksum; it does not pass this. A record
+    that only its own checksum gives away is left to those who ask for it: the others are served.
+    """
+    state = txn.state
+    if state.txn != txn.txn_id:
+        raise Damaged(f"the store's state is of transaction {state.txn}, the file of {txn.txn_id}")
+    total = 0
+    for table in schema.TABLES:
+        if table.counted:
+            for _, value in txn.scan(table):
+                total ^= schema.stored_sum(value)
+    if total != state.catalog:
+        raise Damaged("the catalog is not the one that was last written", hint="silofs check lists what is wrong")

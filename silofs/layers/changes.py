@@ -8,12 +8,13 @@ bitmaps and live bitmaps are kept back and written once, by `finish`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import lmdb
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from silofs.blocks import LEAF_PAGES
 from silofs.errors import Damaged
@@ -40,7 +41,6 @@ class Changes(ReadTxn):
         self.warmed: dict[tuple[int, int], Entry | None] = {}  # for `warm`, once this is committed; None: forget
         self.chilled: set[int] = set()  # leaves to drop from `warm`, because a layer below a head changed
         self._counters = super().state
-        self._counters_changed = False
         self._changed_layers: set[int] = set()
         self._changed_bitmaps: dict[tuple[int, int], bytearray] = {}
         self._new_objects: dict[int, int] = {}  # id -> live slots
@@ -69,7 +69,6 @@ class Changes(ReadTxn):
     def count(self, **changes: Any) -> None:
         """Change the store's counters."""
         self._counters = msgspec.structs.replace(self._counters, **changes)
-        self._counters_changed = True
 
     def _rows(self, table: Table, change: int) -> None:
         rows = dict(self._counters.rows)
@@ -79,16 +78,24 @@ class Changes(ReadTxn):
 
     def put_record(self, table: Table, key: bytes, record: Record) -> None:
         """Store a catalog record, new or in place of its older self."""
-        if self.fetch(table, key) is None:
+        value = catalog.encode(table, key, record)
+        older = self.fetch(table, key)
+        change = schema.stored_sum(value)
+        if older is None:
             self._rows(table, 1)
-        self._put(table, key, catalog.encode(table, key, record))
+        else:
+            change ^= schema.stored_sum(older)
+        self.count(catalog=self._counters.catalog ^ change)
+        self._put(table, key, value)
 
     def delete_record(self, table: Table, key: bytes) -> bool:
         """Remove a catalog record; False when there was none."""
-        found = self._delete(table, key)
-        if found:
-            self._rows(table, -1)
-        return found
+        older = self.fetch(table, key)
+        if older is None:
+            return False
+        self.count(catalog=self._counters.catalog ^ schema.stored_sum(older))
+        self._rows(table, -1)
+        return self._delete(table, key)
 
     # Layers
 
@@ -159,19 +166,51 @@ class Changes(ReadTxn):
         payloads = leaves.encode_many(matrix)
         some: list[bool] = np.any(matrix, axis=1).tolist()
         added, removed = [], []
+        sums: dict[int, int] = {}
         for leaf, payload, filled, there in zip(numbers, payloads, some, existed, strict=True):
             key = schema.leaf_key(layer_id, leaf)
             if filled:
-                self._put(schema.LEAF, key, schema.seal_record(schema.LEAF, key, payload))
+                value = schema.seal_record(schema.LEAF, key, payload)
+                self._put(schema.LEAF, key, value)
+                sums[leaf] = schema.short_sum(value)
                 if not there:
                     added.append(leaf)
             elif there:
                 self._delete(schema.LEAF, key)
                 removed.append(leaf)
+                sums[leaf] = 0
+        self._put_sums(layer_id, sums)
         if added:
             self._mark(layer_id, added, True)
         if removed:
             self._mark(layer_id, removed, False)
+
+    def _put_sums(self, layer_id: int, changed: Mapping[int, int]) -> None:
+        """Record the short checksums of changed leaves, 0 of removed ones."""
+        groups: dict[int, list[int]] = {}
+        for leaf in changed:
+            groups.setdefault(leaf >> schema.SUM_SHIFT, []).append(leaf)
+        for group, numbers in groups.items():
+            key = schema.leaf_key(layer_id, group)
+            # A layer's first leaf of a group makes the record; in place of one that cannot be read, leaves that were
+            # not changed since are taken as they are.
+            known = self._leaf_sums(layer_id, group) if self.fetch(schema.LEAF_SUM, key) is not None else None
+            sums = self._sums_of_records(layer_id, group) if known is None else known.copy()
+            for leaf in numbers:
+                sums[leaf & (schema.SUM_LEAVES - 1)] = changed[leaf]
+            self._sums[layer_id, group] = sums
+            if sums.any():
+                self._put(schema.LEAF_SUM, key, schema.seal_record(schema.LEAF_SUM, key, sums.tobytes()))
+            else:
+                self._delete(schema.LEAF_SUM, key)
+
+    def _sums_of_records(self, layer_id: int, group: int) -> npt.NDArray[np.uint32]:
+        """The short checksums of the records that are there."""
+        sums = np.zeros(schema.SUM_LEAVES, "<u4")
+        first = group << schema.SUM_SHIFT
+        for key, value in self.scan(schema.LEAF, schema.leaf_key(layer_id, first)[:15]):
+            sums[key[15]] = schema.short_sum(value)
+        return sums
 
     def _mark(self, layer_id: int, numbers: Iterable[int], present: bool) -> None:
         """Set or clear presence bits, and count."""
@@ -181,7 +220,7 @@ class Changes(ReadTxn):
             chunk, at = leaf >> CHUNK_SHIFT, leaf & (CHUNK_LEAVES - 1)
             bitmap = self._changed_bitmaps.get((layer_id, chunk))
             if bitmap is None:
-                if presence.has(chunks, chunk):
+                if presence.chunk_sum(chunks, chunk):
                     try:
                         bitmap = bytearray(self._bitmap(layer_id, chunk))
                     except Damaged as error:
@@ -191,7 +230,7 @@ class Changes(ReadTxn):
                         continue
                 else:
                     bitmap = bytearray(schema.CHUNK_BYTES)
-                    chunks = presence.with_bit(chunks, chunk, True)
+                    chunks = presence.with_chunk(chunks, chunk, 1)  # `finish` puts the sum of the record
                 self._changed_bitmaps[layer_id, chunk] = bitmap
                 self._bitmaps[layer_id, chunk] = bitmap
             if present:
@@ -236,20 +275,22 @@ class Changes(ReadTxn):
         for key, refs in found:
             self._delete(schema.LEAF, key)
             self.account(layer_id, refs, leaves.HOLES)
-        self._mark(layer_id, [schema.PAIR.unpack(key)[1] for key, _ in found], False)
+        numbers = [schema.PAIR.unpack(key)[1] for key, _ in found]
+        self._put_sums(layer_id, dict.fromkeys(numbers, 0))
+        self._mark(layer_id, numbers, False)
         return len(found) < most
 
     def drop_layer(self, layer_id: int) -> None:
         """Remove the records of a layer without leaves."""
         layer = self.layer(layer_id)
-        for key in [key for key, _ in self.scan(schema.PRESENCE, catalog.layer_key(layer_id))]:
-            self._delete(schema.PRESENCE, key)
+        for table in (schema.PRESENCE, schema.LEAF_SUM):
+            for key in [key for key, _ in self.scan(table, catalog.layer_key(layer_id))]:
+                self._delete(table, key)
         self.delete_record(schema.LAYER, catalog.layer_key(layer_id))
         if layer.uuid:
             self.delete_record(schema.LAYER_UUID, layer.uuid)
-        for cache in (self._bitmaps, self._changed_bitmaps):
-            for place in [place for place in cache if place[0] == layer_id]:
-                del cache[place]
+        for place in [place for place in self._changed_bitmaps if place[0] == layer_id]:
+            del self._changed_bitmaps[place]
         del self._layers[layer_id]
         self._changed_layers.discard(layer_id)
         self._forget_chains()
@@ -361,16 +402,19 @@ class Changes(ReadTxn):
             self._settle()
         for (layer_id, chunk), bitmap in self._changed_bitmaps.items():
             key = schema.leaf_key(layer_id, chunk)
+            total = 0
             if any(bitmap):
-                self._put(schema.PRESENCE, key, schema.seal_record(schema.PRESENCE, key, bytes(bitmap)))
+                value = schema.seal_record(schema.PRESENCE, key, bytes(bitmap))
+                self._put(schema.PRESENCE, key, value)
+                total = schema.short_sum(value)
             else:
                 self._delete(schema.PRESENCE, key)
-                chunks = presence.with_bit(self.layer(layer_id).chunks, chunk, False)
-                self.change_layer(layer_id, chunks=chunks)
+            self.change_layer(layer_id, chunks=presence.with_chunk(self.layer(layer_id).chunks, chunk, total))
         for layer_id in sorted(self._changed_layers):
             layer = self._layers[layer_id]
             self.put_record(schema.LAYER, catalog.layer_key(layer_id), layer)
-        if self._counters_changed:
+        if self.keys_changed:
+            self.count(txn=self.txn_id)
             payload = catalog.encode(schema.META, schema.META_STATE, self._counters)
             self._put(schema.META, schema.META_STATE, payload)
 

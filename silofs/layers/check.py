@@ -19,6 +19,7 @@ from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, pages_for
 from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
 from silofs.layers.catalog import Layer, Ownership, Pin, R, Snapshot, State, Value, Volume
+from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.changes import read_live
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import CHUNK_SHIFT, LIVE_OBJECTS, LIVE_SHIFT, Refs, Table
@@ -101,6 +102,8 @@ class _Checker:
 
     def _counts(self) -> None:
         self._state = self._txn.state
+        with self._reporting("catalog"):
+            verify_catalog(self._txn)
         for table in schema.TABLES:
             if table.counted:
                 with self._reporting("unreadable"):
@@ -205,6 +208,7 @@ class _Checker:
     def _leaf_records(self) -> None:
         """Leaf records against presence bits, one layer after the other; entries against what they refer to."""
         present = self._presence()
+        sums = self._leaf_sums()
         counted: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
         numbers: Counter[int] = Counter()
         for key, value in self._txn.scan(schema.LEAF):
@@ -219,9 +223,13 @@ class _Checker:
             present.get(layer_id, set()).discard(leaf)
             with self._reporting("leaf", layer=layer_id, page=leaf << LEAF_SHIFT):
                 refs = leaves.decode(schema.open_record(schema.LEAF, key, value))
+                if sums.pop((layer_id, leaf), 0) != schema.short_sum(value):
+                    self._report("leaf", f"leaf {leaf} of layer {layer_id} is not the one on record", layer=layer_id)
                 counts = counted.setdefault(layer_id, np.zeros(16, np.int64))
                 counts += np.bincount(schema.kinds(refs).astype(np.intp), minlength=16)
                 self._check_entries(layer, leaf, refs)
+        for layer_id, leaf in sums:
+            self._report("leaf_sum", f"leaf {leaf} of layer {layer_id} is on record and not there", layer=layer_id)
         for layer_id, missing in present.items():
             for leaf in sorted(missing):
                 message = f"leaf {leaf} of layer {layer_id} is present and not there"
@@ -237,10 +245,21 @@ class _Checker:
                 if found != recorded:
                     self._report("count", f"layer {layer.id} has {found} {what}, {recorded} on record", layer=layer.id)
 
+    def _leaf_sums(self) -> dict[tuple[int, int], int]:
+        """The short checksums on record, by layer and leaf."""
+        sums: dict[tuple[int, int], int] = {}
+        for key, value in self._txn.scan(schema.LEAF_SUM):
+            layer_id, group = schema.PAIR.unpack(key)
+            with self._reporting("leaf_sum", layer=layer_id):
+                row = np.frombuffer(schema.open_record(schema.LEAF_SUM, key, value), "<u4")
+                for at in np.flatnonzero(row).tolist():
+                    sums[layer_id, (group << schema.SUM_SHIFT) + at] = int(row[at])
+        return sums
+
     def _presence(self) -> dict[int, set[int]]:
         """The leaves that are present by the bitmaps, by layer."""
         present: dict[int, set[int]] = {layer_id: set() for layer_id in self._layers}
-        chunks = {layer.id: set(presence.bits(layer.chunks)) for layer in self._layers.values()}
+        chunks = {layer.id: set(presence.chunk_numbers(layer.chunks)) for layer in self._layers.values()}
         for key, value in self._txn.scan(schema.PRESENCE):
             layer_id, chunk = schema.PAIR.unpack(key)
             with self._reporting("presence", layer=layer_id):
@@ -248,6 +267,8 @@ class _Checker:
                     raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is there and not on record")
                 chunks[layer_id].discard(chunk)
                 bitmap = bytes(schema.open_record(schema.PRESENCE, key, value))
+                if schema.short_sum(value) != presence.chunk_sum(self._layers[layer_id].chunks, chunk):
+                    raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is an older one")
                 present[layer_id].update((chunk << CHUNK_SHIFT) + at for at in presence.bits(bitmap))
         for layer_id, missing in chunks.items():
             for chunk in missing:

@@ -78,7 +78,11 @@ def _map_bytes(path: Path) -> int:
 
 
 def last_page(data_file: Path) -> int:
-    """The last page that the newest commit may refer to, read without LMDB. BadFormat when this is no such file."""
+    """The last page that the newest commit may refer to, read without LMDB. BadFormat when this is no such file.
+
+    The two header pages take turns: even transactions in the first, odd ones in the second, and one is the other's
+    successor. LMDB believes the higher number, so one that does not fit would bring back a state of the past.
+    """
     pages = []
     with data_file.open("rb") as file:
         for at in (0, PAGE):
@@ -90,6 +94,9 @@ def last_page(data_file: Path) -> int:
             if magic != _MAGIC or version != _VERSION or page_size != PAGE:
                 raise BadFormat(f"{data_file} was not written by this engine (LMDB 0.9, 4 KiB pages)")
             pages.append((txn_id, last))
+    (even, _), (odd, _) = pages
+    if even & 1 or abs(even - odd) > 1 or (odd and not odd & 1):
+        raise BadFormat(f"{data_file} has headers of transactions {even} and {odd}, which do not follow each other")
     return int(max(pages)[1])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, ZERO_PAGE
 from silofs.errors import Damaged, ObjectMissing
@@ -36,7 +37,7 @@ class ReadTxn(CatalogReader):
     def own_leaf(self, layer_id: int, leaf: int) -> Refs | None:
         """The layer's own entries of a leaf, None when it has none. Damaged when that cannot be told."""
         chunk = leaf >> CHUNK_SHIFT
-        if not presence.has(self.layer(layer_id).chunks, chunk):
+        if not presence.chunk_sum(self.layer(layer_id).chunks, chunk):
             return None
         try:
             if not presence.has(self._bitmap(layer_id, chunk), leaf & (CHUNK_LEAVES - 1)):
@@ -52,7 +53,26 @@ class ReadTxn(CatalogReader):
         value = self.fetch(schema.LEAF, key)
         if value is None:
             raise Damaged(f"leaf {leaf} of layer {layer_id} is missing")
-        return leaves.decode(schema.open_record(schema.LEAF, key, value))
+        payload = schema.open_record(schema.LEAF, key, value)
+        sums = self._leaf_sums(layer_id, leaf >> schema.SUM_SHIFT)
+        if sums is not None and int(sums[leaf & (schema.SUM_LEAVES - 1)]) != schema.short_sum(value):
+            raise Damaged(f"leaf {leaf} of layer {layer_id} is an older one")
+        return leaves.decode(payload)
+
+    def _leaf_sums(self, layer_id: int, group: int) -> npt.NDArray[np.uint32] | None:
+        """Short checksums of 256 leaves; None when they cannot be read, and leaves must do with their own checksum."""
+        place = layer_id, group
+        if place not in self._sums:
+            key = schema.leaf_key(layer_id, group)
+            self._sums[place] = None
+            try:
+                value = self.fetch(schema.LEAF_SUM, key)
+                if value is None:
+                    raise Damaged(f"leaf sums {group} of layer {layer_id} are missing")
+                self._sums[place] = np.frombuffer(bytes(schema.open_record(schema.LEAF_SUM, key, value)), "<u4")
+            except Damaged as error:
+                log.error("%s; its leaves are checked without", error)
+        return self._sums[place]
 
     def _bitmap(self, layer_id: int, chunk: int) -> bytes | bytearray:
         """A presence bitmap that the layer's record says exists."""
@@ -63,6 +83,8 @@ class ReadTxn(CatalogReader):
             if value is None:
                 raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is missing")
             bitmap = bytes(schema.open_record(schema.PRESENCE, key, value))
+            if schema.short_sum(value) != presence.chunk_sum(self.layer(layer_id).chunks, chunk):
+                raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is an older one")
             self._bitmaps[layer_id, chunk] = bitmap
         return bitmap
 
@@ -78,7 +100,7 @@ class ReadTxn(CatalogReader):
         """The chain's layers that have the chunk, and their bitmaps as an array of a row each."""
         stack = self._stacks.get((layer_id, chunk))
         if stack is None:
-            layers = [layer for layer in self.chain(layer_id) if presence.has(layer.chunks, chunk)]
+            layers = [layer for layer in self.chain(layer_id) if presence.chunk_sum(layer.chunks, chunk)]
             rows = bytearray()
             for layer in layers:
                 try:
@@ -139,9 +161,9 @@ class ReadTxn(CatalogReader):
         """The leaves that any layer of the chain (or of the slice down to `above`) has, ascending."""
         stop_depth = self.layer(above).depth if above else 0
         chain = [layer for layer in self.chain(layer_id) if layer.depth > stop_depth]
-        every = np.zeros(max(len(layer.chunks) for layer in chain), np.uint8)
+        every = np.zeros(max(len(layer.chunks) for layer in chain) // 4, np.uint32)
         for layer in chain:
-            every[: len(layer.chunks)] |= np.frombuffer(layer.chunks, np.uint8)
+            every[: len(layer.chunks) // 4] |= np.frombuffer(layer.chunks, "<u4")
         for chunk, start, stop in presence.chunks_between(every.tobytes(), first, end):
             layers, bitmaps = self._stack(layer_id, chunk)
             rows = [row for row, layer in enumerate(layers) if layer.depth > stop_depth]

@@ -41,31 +41,33 @@ class Table:
     name: str
     number: int
     counted: bool = False  # a catalog table: State.rows says how many records it has
+    key_bytes: int = 0  # length of every key; 0 = they differ
 
 
 META: Final = Table("meta", 1)
-OBJECT: Final = Table("object", 2)
-PAGES: Final = Table("page", 3)
-NAME: Final = Table("name", 4)
-LIVE: Final = Table("live", 5)
-LEAF: Final = Table("leaf", 6)
-PRESENCE: Final = Table("presence", 7)
-VOLUME: Final = Table("volume", 8, counted=True)
+OBJECT: Final = Table("object", 2, key_bytes=8)
+PAGES: Final = Table("page", 3, key_bytes=8)
+NAME: Final = Table("name", 4, key_bytes=8)
+LIVE: Final = Table("live", 5, key_bytes=8)
+LEAF: Final = Table("leaf", 6, key_bytes=16)
+PRESENCE: Final = Table("presence", 7, key_bytes=16)
+VOLUME: Final = Table("volume", 8, counted=True, key_bytes=16)
 VOLUME_NAME: Final = Table("volume_name", 9, counted=True)
-LAYER: Final = Table("layer", 10, counted=True)
-LAYER_UUID: Final = Table("layer_uuid", 11, counted=True)
+LAYER: Final = Table("layer", 10, counted=True, key_bytes=8)
+LAYER_UUID: Final = Table("layer_uuid", 11, counted=True, key_bytes=16)
 SNAPSHOT: Final = Table("snapshot", 12, counted=True)
-OWNERSHIP: Final = Table("ownership", 13, counted=True)
+OWNERSHIP: Final = Table("ownership", 13, counted=True, key_bytes=16)
 PIN: Final = Table("pin", 14, counted=True)
-DOOMED: Final = Table("doomed", 15, counted=True)
+DOOMED: Final = Table("doomed", 15, counted=True, key_bytes=8)
 PEER: Final = Table("peer", 16, counted=True)
 MIGRATION: Final = Table("migration", 17, counted=True)
 OUTBOX: Final = Table("outbox", 18, counted=True)
 HOST: Final = Table("host", 19, counted=True)
+LEAF_SUM: Final = Table("leaf_sum", 20, key_bytes=16)
 
 TABLES: Final = (
-    META, OBJECT, PAGES, NAME, LIVE, LEAF, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT, OWNERSHIP, PIN,
-    DOOMED, PEER, MIGRATION, OUTBOX, HOST,
+    META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
+    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST,
 )  # fmt: skip
 VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
 
@@ -138,6 +140,16 @@ def open_record(table: Table, key: bytes, value: Buffer) -> memoryview:
         if xxh3_64_intdigest(payload, seed_of(table, key)) == U64.unpack_from(value)[0]:
             return payload
     raise Damaged(f"record {key.hex()} of table {table.name} does not match its checksum")
+
+
+def stored_sum(value: Buffer) -> int:
+    """The checksum in a stored record, unverified."""
+    return int(U64.unpack_from(value)[0]) if len(value) >= U64.size else 0
+
+
+def short_sum(value: Buffer) -> int:
+    """32 bits of a stored record's checksum, never 0: what another record keeps to tell it from its older selves."""
+    return (stored_sum(value) & 0xFFFFFFFF) or 1
 
 
 # Objects: 31 pages behind a header, sized so that LMDB (16 bytes of its own before a large value) uses exactly 32 pages
@@ -252,6 +264,13 @@ CHUNK_LEAVES: Final = 1 << CHUNK_SHIFT
 CHUNK_BYTES: Final = CHUNK_LEAVES // 8
 
 
+# Leaf sums: the short checksum of every leaf record, 256 to a record. A page of LMDB's that is older than what leads to
+# it holds sound records of the past; this is what tells them from those of now.
+
+SUM_SHIFT: Final = 8
+SUM_LEAVES: Final = 1 << SUM_SHIFT
+
+
 def leaf_key(layer: int, leaf: int) -> bytes:
-    """Key of a leaf; of a presence record with the chunk's number in place of the leaf's."""
+    """Key of a leaf; of a presence or leaf sum record with its number in place of the leaf's."""
     return PAIR.pack(layer, leaf)

@@ -23,6 +23,7 @@ import msgspec
 from silofs.errors import BadFormat, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Record, State
+from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
 from silofs.layers.gate import Gate
@@ -93,7 +94,7 @@ class Store:
                 found = Format(schema.FORMAT_VERSION, schema.ENGINE, uuid)
                 txn.put(key, catalog.encode(schema.META, key, found), db=table)
                 key = schema.META_STATE
-                txn.put(key, catalog.encode(schema.META, key, State()), db=table)
+                txn.put(key, catalog.encode(schema.META, key, State(txn=txn.id())), db=table)
             environment.close()
             new.rename(data)
             _sync_directory(path)
@@ -103,10 +104,13 @@ class Store:
             os.close(lock_fd)
 
     @classmethod
-    def open(cls, path: Path, *, lock_fd: int | None = None, map_bytes: int | None = None) -> Store:
+    def open(
+        cls, path: Path, *, lock_fd: int | None = None, map_bytes: int | None = None, verify: bool = True
+    ) -> Store:
         """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
 
         NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone). Nothing is made here.
+        Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
         """
         mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
         if not mark.exists() and not data.exists():
@@ -120,6 +124,9 @@ class Store:
             check_file(data / DATA_FILE)
             found = _look(data)
             environment = Environment(data, map_bytes=map_bytes)
+            if verify:
+                with ReadTxn(environment) as txn:
+                    verify_catalog(txn)
         except BaseException:
             if own_fd >= 0:
                 os.close(own_fd)

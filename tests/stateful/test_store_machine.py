@@ -76,7 +76,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.write(name, page * PAGE, content)
 
     @precondition(lambda self: self.reference.volumes)
-    @rule(data=st.data(), page=PAGES, start=st.integers(0, PAGE - 1), length=st.integers(1, 3 * PAGE), zero=st.booleans())
+    @rule(
+        data=st.data(),
+        page=PAGES,
+        start=st.integers(0, PAGE - 1),
+        length=st.integers(1, 3 * PAGE),
+        zero=st.booleans(),
+    )
     def write_bytes(self, data: st.DataObject, page: int, start: int, length: int, zero: bool) -> None:
         self.seed += 1
         content = bytes(length) if zero else (page_bytes(page, self.seed) * 4)[:length]
@@ -196,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.rig.store.write(lambda txn, uuid=uuid: txn.delete_volume(uuid))
             assert self.rig.findings() == []
             with self.rig.store.reader() as txn:
-                for table in (schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.PRESENCE):
+                for table in (schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM):
                     assert not list(txn.scan_keys(table)), table.name
                 assert txn.layers() == []
         finally:
