@@ -154,6 +154,10 @@ class Invitations:
         """Whether any token could still be used."""
         return bool(self._open(now))
 
+    def answering(self, now: float) -> bool:
+        """Whether any token could still be used, or its holder should still be told why not."""
+        return any(now < invite.expires + INVITE_S for invite in self._invites.values())
+
     def next_expiry(self, now: float) -> float | None:
         return min((invite.expires for invite in self._open(now)), default=None)
 

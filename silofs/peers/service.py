@@ -34,7 +34,9 @@ class Peers:
             self._listener = Listener(
                 listen,
                 context=lambda: tls.server_context(
-                    self._identity, [peer.certificate for peer in self._book.all()], inviting=self._inviting()
+                    self._identity,
+                    [peer.certificate for peer in self._book.all()],
+                    inviting=self._hub.invitations.answering(trio.current_time()),
                 ),
                 wanted=lambda: bool(len(self._book)) or self._inviting(),
                 handler=self._hub.accepted,

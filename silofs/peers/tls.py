@@ -79,8 +79,12 @@ class _Buffers:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
 
 
-def _failure(error: ssl.SSLError) -> PeerRefused:
-    return PeerRefused(
+class TlsFailed(PeerRefused):
+    """TLS itself said no."""
+
+
+def _failure(error: ssl.SSLError) -> TlsFailed:
+    return TlsFailed(
         f"the TLS connection failed: {error.reason or error}",
         hint="the other side is not the paired store, or does not know this one: pair them again",
     )

@@ -110,6 +110,11 @@ class Verbs:
                 welcome = await pairing.join(stream, self._identity, token, own_name(), mine)
         except trio.TooSlowError:
             raise errors.PeerUnreachable(f"{token.address} does not answer") from None
+        except tls.TlsFailed as error:
+            raise PeerRefused(
+                "the inviter takes no invitations now: the token has expired, or was used",
+                hint="silofs peer invite on the other host makes a new one",
+            ) from error
         finally:
             await stream.aclose()
         peer = await self._book.add(welcome.certificate, welcome.name, token.address)
