@@ -63,10 +63,12 @@ class Service:
 
     before_change: awaited before a snapshot, rm, rollback, rename or resize of a volume, with (verb, name); a migration
     refuses there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
+    peer_name: what a peer is called here, by what ownership records call it.
     """
 
     def __init__(self, engine: Volumes, host: Host | None = None) -> None:
         self.migrations: Callable[[], int] = lambda: 0
+        self.peer_name: Callable[[str], str] = str
         self.before_change: Callable[[str, str], Awaitable[None]] | None = None
         self._engine = engine
         self._host = host
@@ -112,7 +114,7 @@ class Service:
         def shown(volume: Volume) -> tuple[Volume, int, int]:
             return buffered.get(volume.uuid) or (volume, volume.size, volume.data_pages)
 
-        return View(self._engine.store.path, self._about().get("mountpoint"), opens, shown)
+        return View(self._engine.store.path, self._about().get("mountpoint"), opens, self.peer_name, shown)
 
     def _about(self) -> Fields:
         return {} if self._host is None else self._host.status()

@@ -40,7 +40,10 @@ ROLES: Final = {
 }
 
 
-def _as_stored(volume: Volume) -> tuple[Volume, int, int]:
+Shown = tuple[Volume, int, int]  # record, size in bytes, data pages: what is buffered included
+
+
+def _as_stored(volume: Volume) -> Shown:
     return volume, volume.size, volume.data_pages
 
 
@@ -51,9 +54,8 @@ class View:
     store: Path
     mountpoint: str | None = None
     opens: Mapping[bytes, int] = field(default_factory=dict)  # open handles by volume
-    shown: Callable[[Volume], tuple[Volume, int, int]] = (
-        _as_stored  # (record, size, data pages), buffered ones included
-    )
+    peer: Callable[[str], str] = str  # the name of a peer, by what ownership records call it
+    shown: Callable[[Volume], Shown] = _as_stored
 
     def path(self, name: str) -> str | None:
         return None if self.mountpoint is None else f"{self.mountpoint}/{name}{limits.IMAGE_SUFFIX}"
@@ -105,10 +107,15 @@ class Facts:
     def __init__(self, txn: ReadTxn, view: View) -> None:
         self._txn = txn
         self._view = view
-        self._named: dict[int, list[tuple[Volume, Snapshot]]] = {}
+        # By layer: the volumes whose snapshots name it, and the oldest such snapshot with its volume.
+        self._namers: dict[int, set[bytes]] = {}
+        self._first: dict[int, tuple[Volume, Snapshot]] = {}
         for volume in txn.volumes():
             for snapshot in txn.snapshots(volume.uuid):
-                self._named.setdefault(snapshot.layer, []).append((volume, snapshot))
+                self._namers.setdefault(snapshot.layer, set()).add(volume.uuid)
+                first = self._first.get(snapshot.layer)
+                if first is None or snapshot.created_ns < first[1].created_ns:
+                    self._first[snapshot.layer] = volume, snapshot
 
     def info(self, volume: Volume) -> Fields:
         txn = self._txn
@@ -129,7 +136,7 @@ class Facts:
             "chain_depth": len(chain),
             "role": ROLES[ownership.role if ownership is not None else Role.NONE],
             "epoch": 0 if ownership is None else ownership.epoch,
-            "peer": None if ownership is None else ownership.peer or None,
+            "peer": self._view.peer(ownership.peer) if ownership is not None and ownership.peer else None,
             "remote": sum(layer.remote_pages for layer in chain) * PAGE,
             "lost": sum(layer.lost_pages for layer in chain) * PAGE,
             "open_count": self._view.opens.get(volume.uuid, 0),
@@ -143,7 +150,8 @@ class Facts:
         """Bytes stored for layers of the chain that only this volume and its snapshots reach: what rm would free."""
         own = 0
         for layer in chain:
-            if layer.children > 1 or any(other.uuid != volume.uuid for other, _ in self._named.get(layer.id, ())):
+            namers = self._namers.get(layer.id, ())
+            if layer.children > 1 or len(namers) > 1 or (namers and volume.uuid not in namers):
                 break
             own += layer.own_pages
         return own * PAGE
@@ -154,11 +162,9 @@ class Facts:
         A layer may have several names (a snapshot of a fresh clone names what its source named): the first one counts.
         """
         for layer in chain[1:]:
-            named = self._named.get(layer.id)
-            if named:
-                other, snapshot = min(named, key=lambda pair: pair[1].created_ns)
-                if other.uuid != volume.uuid:
-                    return f"{other.name}@{snapshot.name}"
+            first = self._first.get(layer.id)
+            if first is not None and first[0].uuid != volume.uuid:
+                return f"{first[0].name}@{first[1].name}"
         return None
 
 
@@ -171,7 +177,7 @@ def snapshot_fields(snapshot: Snapshot) -> Fields:
     }
 
 
-def _tombstone(ownership: Ownership) -> Fields:
+def _tombstone(ownership: Ownership, view: View) -> Fields:
     """`info` of a volume that has left and of which only the record of its ownership is kept."""
     zero = dict.fromkeys(("virtual_size", "allocated", "unique", "shared", "chain_depth", "remote", "lost"), 0)
     changed = rfc3339(ownership.changed_ns)
@@ -182,7 +188,7 @@ def _tombstone(ownership: Ownership) -> Fields:
         **zero,
         "role": ROLES[ownership.role],
         "epoch": ownership.epoch,
-        "peer": ownership.peer or None,
+        "peer": view.peer(ownership.peer) if ownership.peer else None,
         "open_count": 0,
         "parent": None,
         "created": None,
@@ -206,6 +212,8 @@ def owned(txn: ReadTxn, name: str, what: str) -> Volume:
     if role is Role.INCOMING:
         hint = "silofs migration ls shows how far it is"
         raise Busy(f"{name} has not arrived yet: {what} waits for the switch-over", hint=hint)
+    if role in (Role.CEDED, Role.RETIRED):
+        raise NotOwner(f"{name} has moved to another host: {what} is refused here")
     if role is not Role.OWNER:
         raise NotOwner(f"{name} is {ROLES[role]} here: {what} is refused")
     return volume
@@ -231,7 +239,7 @@ def info(txn: ReadTxn, args: Args, view: View) -> Fields:
     except NoSuchVolume:
         for ownership in _left(txn):
             if ownership.name == name:
-                return _tombstone(ownership)
+                return _tombstone(ownership, view)
         raise
 
 

@@ -99,7 +99,7 @@ def ls_command(app: App) -> None:
         + (show_size(m["bytes_left"]),)
         for m in fields["migrations"]
     ]
-    headers = ("ID", "VOLUMES", "", "PEER", "PHASE", "SENT", "LEFT")
+    headers = ("ID", "VOLUMES", "WAY", "PEER", "PHASE", "SENT", "LEFT")
     app.result(fields, lambda: table(headers, rows, right=frozenset({5, 6})) if rows else None)
 
 

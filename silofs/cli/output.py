@@ -45,6 +45,7 @@ class App:
     no_progress: bool = False
     debug: bool = False
     _shown: float = field(default=0.0, repr=False)
+    _phase: object = field(default=None, repr=False)
     _drawn: bool = field(default=False, repr=False)
 
     @property
@@ -85,8 +86,8 @@ class App:
         """One step of long work, as the daemon or the store reports it."""
         now = time.monotonic()
         if self.json:
-            if now - self._shown >= JSON_PROGRESS_INTERVAL_S or "phase" in fields:
-                self._shown = now
+            if now - self._shown >= JSON_PROGRESS_INTERVAL_S or fields.get("phase") != self._phase:
+                self._shown, self._phase = now, fields.get("phase")
                 emit({"schema": self.schema, **fields, "type": "progress"})
         elif self.draws and now - self._shown >= PROGRESS_INTERVAL_S:
             self._shown = now
