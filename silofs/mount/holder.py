@@ -245,6 +245,9 @@ class Holder:
 
     def _begin_restart(self, request: int) -> None:
         """A daemon started from the program as it is now, shown INIT; only then is the present one told to go."""
+        if self._restart is not None and self._current is not None:
+            self._current.channel.send("answer", id=request, error="another restart is under way")
+            return
         child = self._spare()
         self._spares.insert(0, child)  # an older spare stays: it takes over should the new one fail to open the store
         self._restart = (child, request)

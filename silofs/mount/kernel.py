@@ -203,6 +203,8 @@ def widen(reply: bytes) -> bytes:
 
     With 12, a dozen reads that wait for a peer would stop the asynchronous I/O of every other file on the mount.
     """
+    if len(reply) < BACKGROUND_AT + BACKGROUND.size:
+        raise SiloError("the daemon refused the kernel's INIT request", hint="its log says why")
     widened = bytearray(reply)
     background = limits.FUSE_MAX_BACKGROUND
     BACKGROUND.pack_into(widened, BACKGROUND_AT, background, background * 3 // 4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from silofs import limits
-from silofs.errors import StoreFull, StoreLocked, UserError, error_of
+from silofs.errors import SiloError, StoreFull, StoreLocked, UserError, error_of
 from silofs.mount import kernel
 
 
@@ -30,6 +30,8 @@ def test_only_the_background_limits_of_a_reply_are_changed() -> None:
     widened = kernel.widen(reply)
     assert struct.unpack_from("<HH", widened, 32) == (limits.FUSE_MAX_BACKGROUND, limits.FUSE_MAX_BACKGROUND * 3 // 4)
     assert widened[:32] == reply[:32] and widened[36:] == reply[36:]
+    with pytest.raises(SiloError):
+        kernel.widen(kernel.OUT_HEADER.pack(16, -71, 2))
 
 
 def test_mount_options() -> None:

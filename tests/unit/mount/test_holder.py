@@ -1,0 +1,137 @@
+"""What the holder decides about a silent daemon and about restarts, with daemons that are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from silofs import limits
+from silofs.mount import holder as module
+from silofs.mount.child import Stage
+from silofs.mount.holder import Holder
+
+
+class Sent:
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, dict[str, Any]]] = []
+
+    def send(self, op: str, fds: object = (), **fields: Any) -> bool:
+        self.messages.append((op, fields))
+        return True
+
+
+class FakeChild:
+    def __init__(self, *, stopped: bool = False) -> None:
+        self.pid = 1
+        self.channel = Sent()
+        self.stage = Stage.SERVING
+        self.changed_at = 0.0
+        self.pong_at = 0.0
+        self.stopped = stopped
+        self.killed = 0
+
+    def kill(self) -> None:
+        self.killed += 1
+
+    def enter(self, stage: Stage, now: float) -> None:
+        self.stage, self.changed_at = stage, now
+
+
+@pytest.fixture
+def holder() -> Holder:
+    """A holder that owns nothing."""
+    made = Holder.__new__(Holder)
+    made._restart, made._spares, made._current, made._ping_at = None, [], None, 0.0
+    return made
+
+
+def ping(holder: Holder, child: FakeChild, now: float) -> None:
+    holder._ping(child, now)  # type: ignore[arg-type]
+
+
+def test_a_daemon_that_answers_lives(holder: Holder) -> None:
+    child = FakeChild()
+    for now in range(100):
+        child.pong_at = float(now)
+        ping(holder, child, float(now) + limits.PONG_DAEMON_S)
+    assert not child.killed
+    assert [op for op, _ in child.channel.messages] == ["ping"] * 100
+
+
+def test_a_silent_daemon_is_killed_once(holder: Holder) -> None:
+    child = FakeChild()
+    ping(holder, child, limits.PONG_DAEMON_S - 1)
+    assert not child.killed
+    ping(holder, child, limits.PONG_DAEMON_S + 1)
+    ping(holder, child, limits.PONG_DAEMON_S + 2)
+    assert child.killed == 1
+
+
+def test_a_daemon_that_somebody_stopped_is_left_alone(holder: Holder) -> None:
+    child = FakeChild(stopped=True)
+    ping(holder, child, limits.PONG_DAEMON_S + 1)
+    assert not child.killed
+    child.stopped = False
+    ping(holder, child, limits.PONG_DAEMON_S + 2)
+    assert not child.killed, "it gets the whole time again once it goes on"
+
+
+def test_a_restart_drains_the_old_daemon_only_when_the_new_one_is_warm(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = FakeChild(), FakeChild()
+    new.stage = Stage.BOOTING
+    holder._current = old  # type: ignore[assignment]
+    monkeypatch.setattr(holder, "_spare", lambda: new, raising=False)
+    holder._begin_restart(7)
+    assert holder._spares == [new] and not old.channel.messages
+    holder._begin_restart(8)
+    assert old.channel.messages == [("answer", {"id": 8, "error": "another restart is under way"})]
+    holder._warm(new)  # type: ignore[arg-type]
+    assert old.channel.messages[1:] == [("drain", {})]
+
+
+def test_a_new_daemon_that_is_dropped_is_an_answer(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = FakeChild(), FakeChild()
+    holder._current = old  # type: ignore[assignment]
+    monkeypatch.setattr(holder, "_spare", lambda: new, raising=False)
+    holder._begin_restart(7)
+    holder._drop_spare(new, "no good")  # type: ignore[arg-type]
+    assert old.channel.messages == [("answer", {"id": 7, "error": "no good"})]
+    assert new.killed == 1 and not holder._spares
+
+
+def test_a_descriptor_that_was_given_to_another_meanwhile_is_not_served(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One turn sees two descriptors ready; the callback of the first closes the second and watches its number anew."""
+    called: list[str] = []
+
+    class Poller:
+        def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+            return [(1, 1), (2, 1)]
+
+    def first() -> None:
+        called.append("first")
+        holder._watched[2] = lambda: called.append("new")
+
+    holder._poller = Poller()  # type: ignore[assignment]
+    holder._watched = {1: first, 2: lambda: called.append("old")}
+    holder._generations = 0
+    monkeypatch.setattr(holder, "_timers", lambda now: None, raising=False)
+    monkeypatch.setattr(holder, "_due", lambda: None, raising=False)
+    holder._turn()
+    assert called == ["first"]
+
+
+def test_a_fault_of_the_holder_does_not_end_a_mount(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    holder._generations = 1
+    holder._attempt(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    holder._generations = 0
+    with pytest.raises(ZeroDivisionError):
+        holder._attempt(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
