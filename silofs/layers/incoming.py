@@ -68,10 +68,12 @@ class IncomingChanges(VolumeChanges):
                 for start, stop, reference in parts[leaf]:
                     entries = rows[row, start:stop]
                     entries[entries == schema.HOLE] = reference
-            if (rows != old).any():
+            changed = rows != old
+            if changed.any():
                 if self.layer(layer_id).data_pages != catalog.UNCOUNTED:
                     raise Busy(f"layer {layer_id} is in use, and its map is closed")
-                self.account(layer_id, old, rows)
+                # Only those: what stays as it was must not be released.
+                self.account(layer_id, old[changed], rows[changed])
                 self.put_leaves(layer_id, some, rows, np.any(old, axis=1).tolist())
         if mapped is not None and mapped > self.layer(layer_id).mapped:
             self.change_layer(layer_id, mapped=min(mapped, pages_for(layer.size)))
