@@ -73,6 +73,7 @@ PING_S = 5.0
 PING_MISSED_MAX = 3
 INVITE_S = 600.0  # life of a pairing token
 FETCH_DEADLINE_S = 20.0  # a read of a remote page waits this long, then EIO
+INCOMING_WRITE_WAIT_S = 30.0  # a write at the new home waits this long for the GRANT, then EBUSY
 CEDED_READ_WAIT_S = 10.0  # a read at the old home waits this long for the new owner's ACK, then ESTALE
 FREEZE_S = 1.0  # from the freeze to the CEDED transaction, else thaw
 PAUSE_BUDGET_S = 0.3  # pre-copy rounds end when the rest fits

@@ -7,13 +7,15 @@ then looks at everything anew.
 
 from __future__ import annotations
 
+import trio
+
 from silofs.blocks import PAGE, PAGE_SHIFT, pages_for, whole_pages
 from silofs.engine.commits import Commits
 from silofs.engine.reads import ZEROS, Reads, Wanted
-from silofs.engine.volume import VolumeState
+from silofs.engine.volume import Gate, VolumeState
 from silofs.errors import BadSize
 from silofs.layers.log import EXTEND, WRITE, ZERO, WriteLog
-from silofs.limits import REQUEST_BYTES_MAX, SIZE_MAX
+from silofs.limits import INCOMING_WRITE_WAIT_S, REQUEST_BYTES_MAX, SIZE_MAX
 
 Data = bytes | memoryview
 
@@ -92,12 +94,18 @@ class Writes:
             return
 
     async def _admitted(self, volume: VolumeState) -> None:
-        """Return when the volume's gate is open; raise when it is shut."""
+        """Return when the volume's gate is open; raise when it is shut, or when the volume does not arrive in time."""
+        deadline = trio.current_time() + INCOMING_WRITE_WAIT_S
         while not volume.writable:
             refusal = volume.refusal()
-            if refusal is not None:
+            if refusal is None:
+                await volume.moved.wait()
+                continue
+            # A writer may be here a moment before the GRANT is: it stopped at the old home and went on at the new one.
+            if volume.gate is not Gate.INCOMING or trio.current_time() >= deadline:
                 raise refusal
-            await volume.moved.wait()
+            with trio.move_on_at(deadline):
+                await volume.moved.wait()
 
     def _with_edges(
         self, volume: VolumeState, offset: int, data: memoryview, wanted: Wanted

@@ -12,7 +12,7 @@ from silofs.blocks import PAGE
 from silofs.engine import Gate, VolumeState
 from silofs.errors import Busy, FetchTimeout, NotOwner, PeerUnreachable, ReadOnly
 from silofs.layers.catalog import Ownership, Role
-from silofs.limits import CEDED_READ_WAIT_S, FETCH_DEADLINE_S
+from silofs.limits import CEDED_READ_WAIT_S, FETCH_DEADLINE_S, INCOMING_WRITE_WAIT_S
 
 from .rig import Rig, outcome, page, read, write
 
@@ -166,12 +166,25 @@ async def test_a_volume_that_has_not_arrived(rig: Rig, owner: Owner, autojump_cl
         for _ in range(2):  # never cached
             assert await read(engine, volume, 0, PAGE) == b"A" * PAGE
         assert len(owner.reads) == 2
-        engine.check_writer(volume)  # an open for writing is admitted, the first mutation is not
+        engine.check_writer(volume)  # an open for writing is admitted, the first mutation waits, but not for ever
+        started = trio.current_time()
         assert isinstance(await outcome(engine.write(volume, 0, page(1))), Busy)
+        assert trio.current_time() - started == pytest.approx(INCOMING_WRITE_WAIT_S)
         owner.waits = trio.Event()
         started = trio.current_time()
         assert isinstance(await outcome(read(engine, volume, 0, PAGE)), FetchTimeout)
         assert trio.current_time() - started == pytest.approx(FETCH_DEADLINE_S)
+
+
+async def test_a_write_that_comes_before_the_grant_waits_for_it(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await rig.set_role(volume, Role.INCOMING, 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, engine, volume, 0, page(6))
+            await trio.sleep(1)
+            await rig.set_role(volume, Role.OWNER, 2)
+        assert await read(engine, volume, 0, PAGE) == page(6)
 
 
 async def test_a_fenced_volume_is_read_only(rig: Rig, autojump_clock: MockClock) -> None:
