@@ -48,7 +48,7 @@ class Call:
         """One line, whole or, if the client does not read or has left, the last one."""
         if self._gone:
             return
-        data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
         # Shielded: half a line before a cancel would spoil the answer that follows it.
         with trio.CancelScope(shield=True, deadline=trio.current_time() + limits.CONTROL_REQUEST_S) as scope:
             try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from silofs import images, verbs
 from silofs.errors import NoDaemon, UserError
+from silofs.facts import Fields, View
 from silofs.layers.store import Store
 
-Fields = dict[str, Any]
 Progress = Callable[[Fields], None]
 
 
@@ -33,7 +32,7 @@ def open_store(path: Path) -> Store:
 
 def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progress: Progress | None = None) -> Fields:
     """One verb, as Service.call does it in the daemon."""
-    view = verbs.View(store.path)
+    view = View(store.path)
     report = progress or _silent
     if verb in verbs.READS:
         reader = store.reader()
@@ -53,7 +52,7 @@ def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progr
     raise NoDaemon(f"{verb} needs the daemon")
 
 
-def _import(store: Store, args: Fields, view: verbs.View, fd: int, progress: Progress) -> Fields:
+def _import(store: Store, args: Fields, view: View, fd: int, progress: Progress) -> Fields:
     loaded = images.load(store, fd, verbs.optional_size(args, "size"), progress=progress)
     try:
         return store.write(lambda txn: verbs.adopt(txn, args, view, loaded))

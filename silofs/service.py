@@ -19,11 +19,12 @@ from silofs import images, verbs
 from silofs.control import Call, Handler
 from silofs.engine.volume import VolumeState
 from silofs.errors import Unsupported, UserError
+from silofs.facts import Fields, View
 from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
-from silofs.verbs import Args, Fields, View
+from silofs.verbs import Args
 
 T = TypeVar("T")
 

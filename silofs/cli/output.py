@@ -113,7 +113,7 @@ class App:
 
 
 def emit(line: Mapping[str, Any]) -> None:
-    print(json.dumps(line, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps(line, allow_nan=False), flush=True)
 
 
 def progress_line(fields: Mapping[str, Any]) -> str:

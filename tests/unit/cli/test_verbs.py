@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from silofs import limits
+from silofs.verbs import READS, WRITES
 from tests.unit.cli.commands import Silofs, daemon, image
 
 SIZE = 1 << 30
@@ -322,6 +324,52 @@ def test_a_volume_that_is_open_is_not_removed(silofs: Silofs) -> None:
         log.handles.allocate(bytes.fromhex(uuid.replace("-", "")), 2)
         assert silofs.ok("info", "vm1")["open_count"] == 1
         assert silofs.fails(11, "rm", "vm1")["code"] == "busy"
+
+
+WRONG = [None, 7, True, "", "../x", "a\0b", "\ud800", "x" * 5000, [], {}, 1e300, float("nan"), -1, 1 << 70, "vm1.img"]
+ARGUMENTS = ["name", "volume", "snapshot", "source", "new", "old", "size", "shrink", "force", "read_data"]
+
+
+def test_arguments_that_no_client_of_ours_sends(silofs: Silofs) -> None:
+    from silofs.cli.client import connect, request
+    from silofs.errors import SiloError
+
+    silofs.ok("create", "vm1", "--size", "1G")
+    before = silofs.ok("ls")
+    seen = set()
+    with daemon(silofs.store), open("/dev/null") as null:
+        for verb in (*READS, *WRITES, "import", "export", "check", "status", "nosuch"):
+            for wrong in WRONG:
+                sock = connect(silofs.store)
+                assert sock is not None
+                args = dict.fromkeys(ARGUMENTS, wrong)
+                with sock:
+                    try:
+                        request(sock, verb, args, fds=[null.fileno()] * (verb in ("import", "export")))
+                        assert verb in ("ls", "df", "du", "count", "status", "check"), (verb, wrong)
+                    except SiloError as error:
+                        assert error.exit_code in (2, 10), (verb, wrong, error)
+                        seen.add(error.code)
+        assert silofs.ok("ls")["volumes"][0]["name"] == "vm1"
+    assert silofs.ok("ls") == before
+    assert {"invalid", "bad_name", "unsupported"} <= seen
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_store_of_another_user(silofs: Silofs) -> None:
+    silofs.store.parent.chmod(0o755)
+    for verb in ("ls", "status"):
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                code = silofs(verb).code
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 12, verb
 
 
 def test_a_verb_that_the_daemon_does_not_have(silofs: Silofs) -> None:
