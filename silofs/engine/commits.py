@@ -25,7 +25,7 @@ import trio
 
 from silofs.engine.reads import Reads
 from silofs.engine.threads import Threads
-from silofs.engine.volume import VolumeState
+from silofs.engine.volume import VolumeState, again
 from silofs.errors import SiloError, StoreBroken, StoreError
 from silofs.layers.commit import CommitResult
 from silofs.layers.log import Mark, WriteLog
@@ -37,11 +37,6 @@ from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def again(error: SiloError) -> SiloError:
-    """A copy of an error that one task had, for another to raise: an exception carries its own traceback."""
-    return type(error)(error.message, hint=error.hint)
 
 
 class Batch:
@@ -134,6 +129,11 @@ class Commits:
         except SiloError:
             return False
         return True
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a commit has begun and is not published."""
+        return self._cut is not None
 
     @property
     def unapplied(self) -> int:
@@ -294,7 +294,7 @@ class Commits:
             if damage is None:
                 volume.durable_lsn = pending.last_lsn
             else:
-                volume.damage = damage
+                volume.damaged(damage)
             volume.landed()
         self._log.release(cut.mark)
         self._cut = None

@@ -14,7 +14,8 @@ from msgspec import structs
 
 from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine.commits import Commits
-from silofs.engine.reads import ZEROS, Reads
+from silofs.engine.gather import ZEROS
+from silofs.engine.reads import Reads
 from silofs.engine.recover import Recovered, recover
 from silofs.engine.remote import Fetches, Nobody, Remote
 from silofs.engine.threads import Threads
@@ -22,6 +23,7 @@ from silofs.engine.volume import KEY_SHIFT, Gate, VolumeState
 from silofs.engine.writes import Data, Writes
 from silofs.errors import Damaged, NoSuchVolume
 from silofs.layers.catalog import Role, Snapshot, Volume
+from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
 from silofs.layers.store import Store
@@ -90,7 +92,7 @@ class Engine:
             record = self.reads.txn.volume(uuid)
             volume = VolumeState(uuid, self._new_key())
             volume.last_lsn = volume.durable_lsn = record.applied_lsn
-            self._show(volume, record)
+            self._show(volume, record, self.reads.txn)
             self._volumes[uuid] = volume
         return volume
 
@@ -101,7 +103,7 @@ class Engine:
             layer = self.reads.txn.layer(layer_id)
             view = VolumeState(uuid, self._new_key())
             view.name, view.size, view.head = f"layer {layer_id}", layer.size, layer_id
-            view.remote = self._has_remote(view)
+            view.remote = _has_remote(view, self.reads.txn)
             view.set_sealed()
             self._layers[layer_id] = view
         return view
@@ -198,12 +200,13 @@ class Engine:
 
     def apply_ownership(self, uuids: Iterable[bytes]) -> None:
         """Switch the gates of these volumes to what their records say now, all in one step."""
-        self.reads.renew()
+        self._renew()
         self.catalog_version += 1
-        for uuid in uuids:
-            volume = self._volumes.get(uuid)
-            if volume is not None:
-                self._reload(volume)
+        with self.store.reader() as txn:
+            for uuid in uuids:
+                volume = self._volumes.get(uuid)
+                if volume is not None:
+                    self._reload(volume, txn)
 
     def acknowledged(self, uuids: Iterable[bytes]) -> None:
         """The new owner of these volumes has said that it owns them: their reads are forwarded to it from now on."""
@@ -212,13 +215,23 @@ class Engine:
 
     def filled(self, uuid: bytes, leaves: Iterable[int]) -> None:
         """Pages of these leaves have arrived in the store, in whatever layer of the volume's chain."""
-        self.reads.renew()
+        self._renew()
         numbers = list(leaves)
-        for volume in (*self._volumes.values(), *self._layers.values()):
-            if volume.remote:
-                for number in numbers:
-                    self.reads.forget_leaves(volume, number, number + 1)
-                volume.remote = self._has_remote(volume)
+        with self.store.reader() as txn:
+            for volume in (*self._volumes.values(), *self._layers.values()):
+                if volume.remote:
+                    for number in numbers:
+                        self.reads.forget_leaves(volume, number, number + 1)
+                    volume.remote = _has_remote(volume, txn)
+
+    def _renew(self) -> None:
+        """Let the loop's snapshot show what was committed beside the engine.
+
+        Not while a commit of ours is under way: until its leaves are published the old ones are read, and the snapshot
+        that they belong to is what keeps the pages which they name. The publication renews it anyway.
+        """
+        if not self.commits.under_way:
+            self.reads.renew()
 
     # What the records say
 
@@ -228,56 +241,56 @@ class Engine:
         for number in chilled:
             for volume in (*self._volumes.values(), *self._layers.values()):
                 self.reads.forget_leaves(volume, number, number + 1)
+        txn = self.reads.txn
         for volume in self._volumes.values():
-            self._reload(volume)
+            self._reload(volume, txn)
         for layer_id, view in list(self._layers.items()):
             try:
-                gone = self.reads.txn.layer(layer_id).doomed
+                gone = txn.layer(layer_id).doomed
             except Damaged:
                 gone = True
             if gone:
                 view.set_gone()
                 del self._layers[layer_id]
             else:
-                view.remote = view.remote and self._has_remote(view)
+                view.remote = view.remote and _has_remote(view, txn)
         for uuid in [uuid for uuid, volume in self._volumes.items() if volume.record is None]:
             del self._volumes[uuid]
 
-    def _reload(self, volume: VolumeState) -> None:
+    def _reload(self, volume: VolumeState, txn: CatalogReader) -> None:
+        """Bring one state up to its records."""
         try:
-            record = self.reads.txn.volume(volume.uuid)
+            record = txn.volume(volume.uuid)
+            below = txn.layer(record.head).parent
+            was_local, old_head, old_size = volume.local, volume.head, volume.size
+            self._show(volume, record, txn)
         except NoSuchVolume:
             volume.record = None
             volume.set_gone()
             self.reads.forget(volume)
             return
         except Damaged as error:
-            volume.damage = error
+            volume.damaged(error)
             return
-        old_head, old_size = volume.head, volume.size
-        if old_head != record.head and self.reads.txn.layer(record.head).parent != old_head:
-            # Not merely sealed: what the chain holds is another. Flights of the old key find nobody.
+        if (old_head != record.head and below != old_head) or not was_local:
+            # More than a seal: the chain holds other pages, or may. Leaves that are being resolved find nobody.
             self.reads.forget(volume)
             volume.key = self._new_key()
         elif record.size < old_size:
             # From the leaf that the new end cuts through: its last page was zeroed beyond the end.
             self.reads.forget_leaves(volume, record.size // LEAF_BYTES, old_size // LEAF_BYTES + 1)
-        self._show(volume, record)
 
-    def _show(self, volume: VolumeState, record: Volume) -> None:
+    def _show(self, volume: VolumeState, record: Volume, txn: CatalogReader) -> None:
+        ownership = txn.ownership(volume.uuid)
         volume.record = record
         volume.name, volume.inode, volume.head = record.name, record.inode, record.head
+        volume.remote = _has_remote(volume, txn)
         # Writes that came after the cut may have made it longer already.
         volume.size = max(record.size, volume.grown)
-        volume.remote = self._has_remote(volume)
-        ownership = self.reads.txn.ownership(volume.uuid)
         if ownership is None:
             volume.set_role(Role.NONE, 0)
         else:
             volume.set_role(ownership.role, ownership.epoch)
-
-    def _has_remote(self, volume: VolumeState) -> bool:
-        return any(layer.remote_pages for layer in self.reads.txn.chain(volume.head))
 
     def statistics(self) -> dict[str, object]:
         return {
@@ -287,3 +300,8 @@ class Engine:
             "commits": self.commits.statistics(),
             "log": self.log.statistics(),
         }
+
+
+def _has_remote(volume: VolumeState, txn: CatalogReader) -> bool:
+    """Whether some page of the chain is still at a peer."""
+    return any(layer.remote_pages for layer in txn.chain(volume.head))

@@ -14,6 +14,11 @@ from silofs.layers.pending import Patch, Pending
 KEY_SHIFT: Final = 32  # a key of the leaf cache is a volume's key << 32 | leaf: leaves of a volume are below 2^29
 
 
+def again(error: SiloError) -> SiloError:
+    """A copy of an error that one task had, for another to raise: an exception carries its own traceback."""
+    return type(error)(error.message, hint=error.hint)
+
+
 class Gate(Enum):
     """What a volume lets through (docs/protocol.md gives the reasons)."""
 
@@ -143,7 +148,7 @@ class VolumeState:
         if gate is self.gate:
             return
         self.gate = gate
-        self.writable = gate is Gate.OPEN
+        self.writable = gate is Gate.OPEN and self.damage is None
         self.local = gate in (Gate.OPEN, Gate.FROZEN, Gate.FENCED, Gate.SEALED)
         self.gate_changes += 1
         self._wake()
@@ -154,6 +159,8 @@ class VolumeState:
 
     def refusal(self) -> SiloError | None:
         """Why a mutation is refused now; None when it is admitted or only has to wait."""
+        if self.damage is not None:
+            return again(self.damage)
         if self.gate is Gate.OPEN or self.gate is Gate.FROZEN:
             return None
         if self.gate is Gate.INCOMING:
@@ -163,6 +170,11 @@ class VolumeState:
         if self.gate is Gate.GONE:
             return NoSuchVolume(f"{self.name} was deleted")
         return ReadOnly(f"{self.name} is read-only")
+
+    def damaged(self, error: Damaged) -> None:
+        """Its records cannot be read: what is pending cannot be applied, and nothing more is admitted."""
+        self.damage = error
+        self.writable = False
 
     # What waits for a commit
 

@@ -44,13 +44,13 @@ class Warm:
     def look_into(self, txn: ReadTxn) -> None:
         """`txn` is the loop's snapshot from now on."""
         self._txn = txn
-        self._map_bytes = txn._environment.map_bytes
+        self._map_bytes = txn.map_bytes
         self._newest = self._lately = txn.state.next_object
 
     def renewed(self) -> None:
         """The snapshot was renewed. Views into a map that has grown, and so moved, are void."""
-        if self._txn._environment.map_bytes != self._map_bytes:
-            self._map_bytes = self._txn._environment.map_bytes
+        if self._txn.map_bytes != self._map_bytes:
+            self._map_bytes = self._txn.map_bytes
             self.objects.clear()
 
     def page(self, ref: int) -> memoryview | None:
@@ -113,7 +113,7 @@ class Warm:
             return
         if ref & KIND_MASK == DATA:
             try:
-                self.objects.put(object_id, self._txn._object(object_id))
+                self.objects.put(object_id, self._txn.object(object_id))
             except ObjectMissing:
                 pass  # newer than the loop's snapshot: the next read of it comes back here
         else:

@@ -11,7 +11,8 @@ import trio
 
 from silofs.blocks import PAGE, PAGE_SHIFT, pages_for, whole_pages
 from silofs.engine.commits import Commits
-from silofs.engine.reads import ZEROS, Reads, Wanted
+from silofs.engine.gather import ZEROS, Wanted
+from silofs.engine.reads import Reads
 from silofs.engine.volume import Gate, VolumeState
 from silofs.errors import BadSize
 from silofs.layers.log import EXTEND, WRITE, ZERO, WriteLog

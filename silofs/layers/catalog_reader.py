@@ -56,6 +56,11 @@ class CatalogReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def map_bytes(self) -> int:
+        """Size of the map. When it changes, the map may have moved."""
+        return self._environment.map_bytes
+
     # Records
 
     def fetch(self, table: Table, key: bytes) -> memoryview | None:

@@ -189,7 +189,7 @@ class ReadTxn(CatalogReader):
         kind = ref & schema.KIND_MASK
         if kind == schema.DATA:
             object_id = ref >> schema.OBJECT_SHIFT
-            return schema.object_page(object_id, ref >> schema.SLOT_SHIFT & schema.SLOT_MASK, self._object(object_id))
+            return schema.object_page(object_id, ref >> schema.SLOT_SHIFT & schema.SLOT_MASK, self.object(object_id))
         if kind <= schema.ZERO:
             return ZERO_PAGE
         if kind == schema.LONE:
@@ -203,7 +203,8 @@ class ReadTxn(CatalogReader):
             raise Damaged("the page was damaged and is lost until it is overwritten")
         raise AssertionError(f"reference {ref:#x} has no page here")
 
-    def _object(self, object_id: int) -> memoryview:
+    def object(self, object_id: int) -> memoryview:
+        """An object's whole value, not verified: schema.object_page does that for a page. ObjectMissing."""
         value = self.fetch(schema.OBJECT, schema.KEY.pack(object_id))
         if value is None:
             raise ObjectMissing(f"object {object_id} is missing")
@@ -234,7 +235,7 @@ class ReadTxn(CatalogReader):
     def _slots(self, ref: int, count: int) -> memoryview:
         """Consecutive slots of one object as one view, each verified."""
         object_id, slot = ref >> schema.OBJECT_SHIFT, schema.slot_of(ref)
-        value = self._object(object_id)
+        value = self.object(object_id)
         for each in range(slot, slot + count):
             schema.object_page(object_id, each, value)
         at = schema.HEADER_BYTES + (slot << 12)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from silofs.cache.flight import Flights
 from silofs.cache.lru import LRU
-from silofs.cache.resident import Resident
 
 
 def test_what_is_used_stays_and_the_rest_goes() -> None:
@@ -88,16 +87,3 @@ def test_who_comes_after_a_change_does_not_join_what_began_before_it() -> None:
     flights.spoil_all()
     assert new.stale
     assert not flights
-
-
-def test_residency_is_bits_by_object() -> None:
-    resident = Resident(8)
-    resident.note(1, 0b101)
-    resident.add(1, 0b010)
-    resident.add(2, 0b1)
-    assert resident.get(1) == 0b111
-    resident.note(1, 0)
-    assert resident.get(1) == 0
-    resident.age()
-    resident.age()
-    assert resident.get(2) == 0
