@@ -100,6 +100,7 @@ class World:
         self.disk_epochs: dict[tuple[str, bytes], int] = {}
         self.damaged: set[bytes] = set()
         self.failures = 0.0  # chance that a commit fails
+        self.landed: bool | None = None  # whether one that fails is visible all the same; None: by chance
         self.hostility = 0.16  # chance that a step is a fault or a command
         self.returns = 0.2  # chance that a command is a cancel
         self.sent_pages: Counter[tuple[str, bytes, int]] = Counter()
@@ -336,7 +337,8 @@ class World:
         applied = node.cache.apply(action)
         current = node.machines.get(machine.migration) is machine
         if roll < self.failures:
-            if self.random.random() < 0.5:  # its outcome is not known: it is there, but not synced
+            landed = self.random.random() < 0.5 if self.landed is None else self.landed
+            if landed:  # its outcome is not known: it is there, but not synced
                 self._check_change(node, node.cache, applied)
                 node.cache = applied
             self.say(f"{node.name} commit fails")
