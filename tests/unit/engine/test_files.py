@@ -8,7 +8,7 @@ import pytest
 from trio.testing import MockClock
 
 from silofs.blocks import LEAF_BYTES, PAGE
-from silofs.errors import BadSize, NoSuchVolume, ReadOnly
+from silofs.errors import BadSize, Damaged, NoSuchVolume, ReadOnly
 
 from .rig import MIB, Rig, outcome, page, read, write
 
@@ -260,3 +260,47 @@ async def test_attributes_show_what_is_not_committed_yet(rig: Rig, autojump_cloc
         assert engine.dirty_bytes == 0
         await engine.transact(lambda txn: txn.set_attr(volume.uuid, mtime_ns=5, mode=0o640))
         assert engine.shown(record)[0].mtime_ns == 5
+
+
+async def test_a_damaged_page_is_an_error_also_where_it_was_warm(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, b"".join(page(number + 1) for number in range(20)))
+        await engine.flush(volume)
+        assert await read(engine, volume, 0, 20 * PAGE)
+        data = rig.path / "data" / "data.mdb"
+        at = data.read_bytes().index(page(5)) + 77
+        with data.open("r+b") as file:
+            file.seek(at)
+            file.write(b"!")
+        assert engine.read_now(volume, 4 * PAGE, PAGE) is None
+        for offset, length in ((4 * PAGE, PAGE), (0, 20 * PAGE), (4 * PAGE + 5, 1)):
+            assert isinstance(await outcome(read(engine, volume, offset, length)), Damaged)
+        assert await read(engine, volume, 3 * PAGE, PAGE) == page(4)
+        assert await read(engine, volume, 5 * PAGE, 15 * PAGE) == b"".join(page(number + 1) for number in range(5, 20))
+        # Part of it is written: the rest cannot be made up. Healed by writing all of it.
+        await write(engine, volume, 4 * PAGE, b"part")
+        assert isinstance(await outcome(read(engine, volume, 4 * PAGE, PAGE)), Damaged)
+        await engine.flush(volume)
+        assert isinstance(await outcome(read(engine, volume, 4 * PAGE, PAGE)), Damaged)
+        await write(engine, volume, 4 * PAGE, page(5))
+        for _ in range(2):
+            assert await read(engine, volume, 4 * PAGE, PAGE) == page(5)
+            await engine.flush(volume)
+
+
+async def test_damage_below_what_was_overwritten_harms_nobody(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, b"".join(page(number + 1) for number in range(20)))
+        await engine.flush(volume)
+        data = rig.path / "data" / "data.mdb"
+        at = data.read_bytes().index(page(5)) + 77
+        with data.open("r+b") as file:
+            file.seek(at)
+            file.write(b"!")
+    async with rig.running() as engine:
+        volume = engine.open_volume(volume.uuid)
+        await write(engine, volume, 4 * PAGE, page(99))
+        got = await read(engine, volume, 0, 20 * PAGE)
+        assert got[4 * PAGE : 5 * PAGE] == page(99)
