@@ -25,7 +25,7 @@ import numpy as np
 
 from silofs import limits
 from silofs.blocks import LEAF_BYTES, PAGE, pages_for
-from silofs.errors import BadImage, BadSize, Damaged, Interrupted, ObjectMissing, StoreFull
+from silofs.errors import BadImage, BadSize, Busy, Damaged, Interrupted, ObjectMissing, StoreFull
 from silofs.layers import schema
 from silofs.layers.reader import ReadTxn
 from silofs.layers.store import Store
@@ -36,6 +36,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 READ_BYTES: Final = 4 * limits.MIB  # of an image at a time
 BATCH_BYTES: Final = 16 * limits.MIB  # or a little more, in one transaction of an import; two batches are in memory
+SHARED_BATCH_BYTES: Final = 4 * limits.MIB  # while guests wait for commits of their own
 READER_S: Final = 0.5  # a read transaction is renewed at this age, so that freed pages can be used again
 PIN_IMPORT: Final = "import:"
 PIN_EXPORT: Final = "export:"
@@ -82,7 +83,15 @@ def volume_size(image: int, wanted: int | None) -> int:
     return check_size(wanted)
 
 
-def load(store: Store, fd: int, wanted: int | None, *, progress: Progress, cancelled: Cancelled = never) -> Loaded:
+def load(
+    store: Store,
+    fd: int,
+    wanted: int | None,
+    *,
+    progress: Progress,
+    cancelled: Cancelled = never,
+    batch_bytes: int = BATCH_BYTES,
+) -> Loaded:
     """Read the raw image behind `fd` into a new layer. Raises BadImage, BadSize, StoreFull, OSError, Interrupted.
 
     The caller makes a volume on the layer and unpins it, or calls `drop`.
@@ -90,7 +99,7 @@ def load(store: Store, fd: int, wanted: int | None, *, progress: Progress, cance
     source = image_size(fd)
     if source is None:
         with _spooled(store, fd, cancelled) as spooled:
-            return load(store, spooled, wanted, progress=progress, cancelled=cancelled)
+            return load(store, spooled, wanted, progress=progress, cancelled=cancelled, batch_bytes=batch_bytes)
     size = volume_size(source, wanted)
     holder = PIN_IMPORT + uuid.uuid4().hex
 
@@ -101,7 +110,7 @@ def load(store: Store, fd: int, wanted: int | None, *, progress: Progress, cance
 
     layer = store.write(begin)
     try:
-        read = _fill(store, layer, fd, source, progress, cancelled)
+        read = _fill(store, layer, fd, source, batch_bytes, progress, cancelled)
         store.write(lambda txn: txn.put_map(layer, [], mapped=pages_for(size)))
     except BaseException:
         drop(store, layer, holder)
@@ -128,7 +137,9 @@ def reap(txn: WriteTxn) -> int:
     return len(found)
 
 
-def _fill(store: Store, layer: int, fd: int, source: int, progress: Progress, cancelled: Cancelled) -> int:
+def _fill(
+    store: Store, layer: int, fd: int, source: int, batch_bytes: int, progress: Progress, cancelled: Cancelled
+) -> int:
     """Store every page of the image that is not zero; the bytes read. One batch is read while the last one commits."""
     done = 0
     pages: dict[int, bytes] = {}
@@ -141,7 +152,7 @@ def _fill(store: Store, layer: int, fd: int, source: int, progress: Progress, ca
                 block = _read(fd, at, min(READ_BYTES, offset + length - at))
                 pages |= nonzero_pages(block, at // PAGE)
                 done += len(block)
-                if len(pages) * PAGE >= BATCH_BYTES:
+                if len(pages) * PAGE >= batch_bytes:
                     under_way, pages = _submit(store, layer, pages, under_way), {}
                 progress({"bytes_done": at + len(block), "bytes_total": source, "bytes_read": done})
         if pages:
@@ -269,7 +280,8 @@ def unload(
 ) -> int:
     """Write the content of a sealed layer's chain into the file `fd` as a raw, sparse image; the bytes written.
 
-    total: about how many bytes are data, for the progress. Raises Damaged for a page that cannot be read, OSError.
+    total: about how many bytes are data, for the progress. Raises Damaged for a page that cannot be read, Busy for
+    one that is still at a peer, OSError.
     """
     os.ftruncate(fd, 0)
     os.ftruncate(fd, size)
@@ -305,9 +317,8 @@ def _write_leaf(reader: ReadTxn, layer: int, leaf: int, size: int, fd: int) -> i
         at = leaf * LEAF_BYTES + int(np.flatnonzero(kinds == schema.LOST)[0]) * PAGE
         raise Damaged(f"the page at byte {at} was damaged and is lost")
     if (kinds == schema.REMOTE).any():
-        raise Damaged(
-            f"pages near byte {leaf * LEAF_BYTES} are still at a peer", hint="wait until the migration is complete"
-        )
+        hint = "wait until the migration is complete: silofs migration ls"
+        raise Busy(f"pages near byte {leaf * LEAF_BYTES} are still at a peer", hint=hint)
     edges = np.flatnonzero(np.diff(kinds >= schema.DATA, prepend=False, append=False)).tolist()
     written = 0
     for start, stop in zip(edges[::2], edges[1::2], strict=True):

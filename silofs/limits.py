@@ -45,7 +45,7 @@ FETCHED_PAGES = 2048  # pages that came from a peer and are not in the store yet
 FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another (FACTS.md)
 FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint
 REQUEST_BYTES_MAX = 1 * MIB
-FUSE_MAX_BACKGROUND = 4096  # asynchronous requests that the kernel has in flight; libfuse's 12 lets one volume stall all
+FUSE_MAX_BACKGROUND = 4096  # asynchronous requests in flight in the kernel; with libfuse's 12 one volume stalls all
 
 # The holder and its daemon
 CRASH_DEATHS = 50  # so many deaths of the daemon ...

@@ -7,6 +7,7 @@ register the verbs that are theirs (restart, peers, migrations).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 from collections import Counter
@@ -18,7 +19,7 @@ import trio
 from silofs import images, verbs
 from silofs.control import Call, Handler
 from silofs.engine.volume import VolumeState
-from silofs.errors import Unsupported, UserError
+from silofs.errors import StoreError, Unsupported, UserError
 from silofs.facts import Fields, View
 from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
@@ -147,9 +148,13 @@ class Service:
         return handle
 
     async def _status(self, args: Args, call: Call) -> Fields:
-        counted = await self._reads("count")(args, call)
-        about = {"store": str(self._engine.store.path), "dirty_bytes": self._engine.dirty_bytes}
-        return {**about, "migrations": self.migrations(), **counted, **self._about()}
+        fields = {"store": str(self._engine.store.path), "dirty_bytes": self._engine.dirty_bytes}
+        fields |= {"migrations": self.migrations(), "volumes": None, **self._about()}
+        if self._engine.store.broken and fields.get("state") == "serving":
+            fields["state"] = "readonly"
+        with contextlib.suppress(StoreError):  # a store that cannot be read is no reason to say nothing
+            fields |= await self._reads("count")(args, call)
+        return fields
 
     async def _restart(self, args: Args, call: Call) -> Fields:
         if self._host is None:
@@ -173,7 +178,8 @@ class Service:
 
         def load(progress: images.Progress, cancelled: images.Cancelled) -> None:
             nonlocal loaded
-            loaded = images.load(store, fd, wanted, progress=progress, cancelled=cancelled)
+            batch = images.SHARED_BATCH_BYTES
+            loaded = images.load(store, fd, wanted, progress=progress, cancelled=cancelled, batch_bytes=batch)
 
         await self._reap()
         self._loads += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def import_command(app: App, file: str, name: str, size: str | None, claimed: st
     wanted = None if size is None else parse_size(size)
     call(app.store, "free_name", {"name": volume})
     try:
-        with contextlib.ExitStack() as stack:
+        with _ended_cleanly(), contextlib.ExitStack() as stack:
             if file == "-":
                 convert.check_raw(claimed)
                 fd = sys.stdin.fileno()
@@ -73,7 +74,7 @@ def export_command(app: App, source: str, file: Path, kind: str, force: bool) ->
             raise Exists(f"{file} is there and is no regular file", hint="choose another name")
         app.confirm(f"{file} exists", "replace it", yes=force)
     try:
-        with _beside(file) as (fd, temporary):
+        with _ended_cleanly(), _beside(file) as (fd, temporary):
             args = {"volume": volume, "snapshot": snapshot}
             fields = call(app.store, "export", args, fds=[fd], progress=app.progress)
             if kind != "raw":
@@ -87,6 +88,21 @@ def export_command(app: App, source: str, file: Path, kind: str, force: bool) ->
         raise Interrupted("the export was stopped", hint="nothing was left behind: run it again") from None
     app.result({**fields, "file": str(file), "format": kind}, long=True)
     app.note(f"exported {source} to {file}, {show_size(fields['size'])}")
+
+
+@contextlib.contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this work as ^C does: what was begun is taken back."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from silofs import images
+from silofs.cli.client import connect
 from silofs.errors import Interrupted
 from silofs.layers.store import Store
-from tests.unit.cli.commands import PAGE, Done, Silofs, image
+from tests.unit.cli.commands import PAGE, Done, Silofs, daemon, image
 
 SIZE = 16 << 20
 PAGES = (0, 1, 2, 511, 512, 600, 4095)
@@ -209,7 +214,9 @@ class Full(Exception):
 
 def test_an_import_that_fails_half_way(silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = image(tmp_path / "i", SIZE, *range(0, 4096, 3))
-    monkeypatch.setattr(images, "BATCH_BYTES", 1 << 20)
+    defaults = images.load.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "batch_bytes", 1 << 20)
     monkeypatch.setattr(images, "READ_BYTES", 1 << 19)
     sound, calls = images._put, []
 
@@ -231,6 +238,49 @@ def test_an_import_that_is_stopped(silofs: Silofs, tmp_path: Path) -> None:
             images.load(store, file.fileno(), None, progress=lambda _: None, cancelled=lambda: True)
         with store.reader() as txn:
             assert txn.layers() == []
+
+
+def test_an_import_whose_command_goes_away(silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image(tmp_path / "i", SIZE, *range(0, 4096, 3))
+    monkeypatch.setattr(images, "SHARED_BATCH_BYTES", 1 << 18)
+    monkeypatch.setattr(images, "READ_BYTES", 1 << 18)
+    sound, begun = images._put, threading.Event()
+
+    def put(*args: object) -> int:
+        begun.set()
+        time.sleep(0.02)
+        return sound(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(images, "_put", put)
+    with daemon(silofs.store):
+        sock = connect(silofs.store)
+        assert sock is not None
+        with sock, open(source) as file:
+            line = b'{"verb": "import", "args": {"name": "vm1"}}\n'
+            socket.send_fds(sock, [line], [file.fileno()])
+            assert begun.wait(10)
+            assert silofs.ok("check")["layers"] == 1
+        deadline = time.monotonic() + 10
+        while silofs.ok("check")["layers"]:
+            assert time.monotonic() < deadline
+    nothing_left(silofs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_export_that_is_ended_by_a_signal(silofs: Silofs, tmp_path: Path, number: int) -> None:
+    import select
+
+    silofs.ok("import", image(tmp_path / "i", 256 << 20, *range(0, 65536, 5)), "vm1")
+    command = [sys.executable, "-m", "silofs.cli.main", "export", "vm1", str(tmp_path / "o"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], 20)[0]  # the first progress line
+        process.send_signal(number)
+        last = process.stdout.read().splitlines()[-1]
+    assert process.returncode in (0, 130), last
+    if process.returncode:
+        assert b'"interrupted"' in last
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "store"]
 
 
 def test_what_a_killed_import_left_goes_with_the_next_one(silofs: Silofs, tmp_path: Path) -> None:
