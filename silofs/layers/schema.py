@@ -34,7 +34,7 @@ PAIR: Final = Struct(">QQ")
 # Tables
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # compared and hashed by identity: it is looked up for every key
 class Table:
     """One LMDB table. `number` seeds the checksums of its records and is never given to another table."""
 
