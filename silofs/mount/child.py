@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -45,6 +46,7 @@ class Child:
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
         self.stage = Stage.BOOTING
+        self.started_at = time.monotonic()
         self.changed_at = 0.0  # when the present stage began; the holder's clock
         self.pong_at = 0.0
         self.clean = False  # it said that everything is committed

@@ -209,6 +209,8 @@ class Holder:
             self._generations += 1
             self._refused = None
             self._backoff.served()
+            for older in [spare for spare in self._spares if spare.started_at < child.started_at]:
+                self._drop_spare(older, "a newer daemon serves")  # after a restart: it would be the old program
             self._note(f"daemon {child.pid} serves {self._mountpoint}")
             self._publish()
             if self._ready is not None:

@@ -1,4 +1,5 @@
-"""The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`."""
+"""The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`,
+and `refuse-new`, which those have seen that started after it was made."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ STORE = Path(sys.argv[sys.argv.index("--store") + 1])
 if (STORE / "die").exists():
     os._exit(3)  # as a daemon does whose installation is broken
 
+NEW = (STORE / "refuse-new").exists()
+(STORE / f"started-{os.getpid()}").touch()
+
 from silofs import daemon  # noqa: E402
 from silofs.errors import BadFormat  # noqa: E402
 from silofs.layers.store import Store  # noqa: E402
@@ -20,7 +24,7 @@ from silofs.mount.fuse import Adapter  # noqa: E402
 class PickyStore(Store):
     @classmethod
     def open(cls, path: Path, **rest: object) -> Store:  # type: ignore[override]
-        if (STORE / "refuse").exists():
+        if NEW or (STORE / "refuse").exists():
             raise BadFormat("this test refuses the store")
         return super().open(path, **rest)  # type: ignore[arg-type]
 

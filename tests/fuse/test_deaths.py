@@ -77,6 +77,12 @@ def writing(path: Path) -> Iterator[Writer]:
         writer._stop.set()
 
 
+def daemons(mount: Mount) -> set[int]:
+    """The daemons of a mount's holder that run."""
+    children = Path(f"/proc/{mount.holder_pid}/task/{mount.holder_pid}/children").read_text().split()
+    return {int(pid) for pid in children if b"--channel" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
 def test_a_killed_daemon_is_a_pause(mount: Mount) -> None:
     with writing(mount.create("vm1", 1 << 20)) as writer:
         writer.progress()
@@ -129,20 +135,19 @@ def test_sigterm_replaces_the_daemon(mount: Mount) -> None:
 def test_restart_replaces_the_daemon(mount: Mount) -> None:
     with writing(mount.create("vm1", 1 << 20)) as writer:
         writer.progress()
+        wait(lambda: len(daemons(mount)) == 2, "a successor")
+        older = daemons(mount)
         about = mount.ask("restart")
-        assert about["daemon_pid"] != about["old_daemon_pid"]
+        assert about["old_daemon_pid"] in older and about["daemon_pid"] not in older
         writer.progress()
+        wait(lambda: not older & daemons(mount), "the successor of before the restart is gone")
 
 
 def test_a_successor_waits_without_store_and_mount(mount: Mount) -> None:
     about = mount.status()
 
     def spare() -> int | None:
-        children = Path(f"/proc/{mount.holder_pid}/task/{mount.holder_pid}/children").read_text().split()
-        return next((int(pid) for pid in children if pid != str(about["daemon_pid"]) and is_daemon(pid)), None)
-
-    def is_daemon(pid: str) -> bool:
-        return b"--channel" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return next(iter(daemons(mount) - {about["daemon_pid"]}), None)
 
     def holds(pid: int) -> set[str]:
         links = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
@@ -186,6 +191,19 @@ def test_a_store_that_cannot_be_opened_again_holds_the_requests(odd: Mount) -> N
         about = wait(lambda: (now := odd.status())["state"] == "holding" and now, "the holder holds")
         assert about["refused"]["code"] == "bad_format" and "refuses" in about["last_exit"]
         (odd.store / "refuse").unlink()
+        writer.progress()
+
+
+def test_an_upgrade_that_cannot_open_the_store_falls_back_to_the_old_program(odd: Mount) -> None:
+    """The daemon that was warm before the restart is of the old program, and takes over."""
+    with writing(odd.create("vm1", 1 << 20)) as writer:
+        wait(lambda: len(daemons(odd)) == 2, "a successor")
+        (before,) = daemons(odd) - {odd.status()["daemon_pid"]}
+        wait((odd.store / f"started-{before}").exists, "it is past the point at which it looks")
+        (odd.store / "refuse-new").touch()
+        odd.silofs("restart")
+        wait(lambda: odd.status()["state"] == "serving" and odd.status()["daemon_pid"] == before, "the old one serves")
+        assert odd.status()["restarts"] == 1
         writer.progress()
 
 

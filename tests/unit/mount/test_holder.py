@@ -26,6 +26,7 @@ class FakeChild:
         self.pid = 1
         self.channel = Sent()
         self.stage = Stage.SERVING
+        self.started_at = 0.0
         self.changed_at = 0.0
         self.pong_at = 0.0
         self.stopped = stopped
