@@ -66,7 +66,11 @@ class Committed(Event, frozen=True):
 
 
 class CommitFailed(Event, frozen=True):
-    """The `Commit` failed, or its outcome is unknown. Nothing may be concluded from what the store now shows."""
+    """The `Commit` failed, or its outcome is unknown. Nothing may be concluded from what the store now shows.
+
+    Except for the reason BASE: the transaction found that a base of `record` is not complete here (any more), and
+    changed nothing. A target's commit looks for that whenever its record is new or has other bases than the stored one.
+    """
 
     token: int
     reason: Refusal = Refusal.STORE

@@ -375,7 +375,10 @@ class TargetMachine(Machine):
                 self._committed(now)
             case ev.CommitFailed() if event.token == self._commit_token:
                 self._commit_token = 0
-                self._retry_at = now + limits.REPEAT_S
+                if event.reason is ms.Refusal.BASE:
+                    self._check_again()
+                else:
+                    self._retry_at = now + limits.REPEAT_S
             case ev.OfferChecked() if self.state is State.CHECKING and event.token == self._wait:
                 self._checked(event)
             case ev.PrepareChecked() if event.token == self._prepare[0] and self.session is not None:
@@ -408,6 +411,19 @@ class TargetMachine(Machine):
             case _:
                 pass
         self._advance(now)
+
+    def _check_again(self) -> None:
+        """A common state was deleted after it was found: nothing was committed, and another is looked for."""
+        assert self.state in (State.NEW, State.RECORDING, State.GRANTED, State.OWNING)
+        self._retry = self._committing = None
+        granted = self._grant is not None
+        about = self._grant if granted else self._offer
+        if about is None:  # the session ended meanwhile: all of it comes again
+            self._finish(Phase.CANCELLED, ms.Refusal.TRY_AGAIN)
+            return
+        self.state = State.CHECKING
+        self._wait = self._next()
+        self._do(ev.CheckOffer(self._wait, about.offered, self.volumes, self.peer, self.returning, granted))
 
     def _checked(self, event: ev.OfferChecked) -> None:
         if self._grant is not None:

@@ -334,6 +334,13 @@ class World:
 
     def _commit(self, node: Node, machine: Machine, action: ev.Commit, calm: bool) -> None:
         roll = 1.0 if calm else self.random.random()
+        if action.record is not None and action.record.side is Side.TARGET:
+            stored = node.cache.migrations.get(action.record.id)
+            if stored is None or stored.bases != action.record.bases:
+                bases = {base.base for base in action.record.bases} - {b""}
+                if not bases <= self._complete(node):
+                    self.drive(node, machine, ev.CommitFailed(action.token, ms.Refusal.BASE))
+                    return
         applied = node.cache.apply(action)
         current = node.machines.get(machine.migration) is machine
         if roll < self.failures:
