@@ -326,7 +326,7 @@ def test_a_volume_that_is_open_is_not_removed(silofs: Silofs) -> None:
         assert silofs.fails(11, "rm", "vm1")["code"] == "busy"
 
 
-WRONG: list[object] = [None, 7, True, "", "../x", "a\0b", "\ud800", "x" * 5000, [], {}, 1e300, float("nan"), -1, 1 << 70]
+WRONG: list[object] = [
     None,
     7,
     True,
