@@ -41,7 +41,7 @@ class Environment:
             create=create,
             max_dbs=len(TABLES) + 4,
             max_readers=MAX_READERS,
-            readahead=False,
+            readahead=True,  # docs/decisions/readahead.md
             lib_version=ENGINE_MAJOR,
             mode=0o600,
         )
