@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import trio
 from msgspec.structs import replace
 
-from silofs.errors import NotAuthorised
+from silofs.errors import FetchTimeout, NotAuthorised
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -36,6 +37,101 @@ async def test_a_volume_that_nobody_allowed_is_refused(tmp_path):
             await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
         assert "another volume" not in str(refused.value)
         assert a.role("vm1") == "owner"
+
+
+async def test_it_comes_home_when_it_is_cancelled_after_the_switch(tmp_path):
+    data = os.urandom(8 * MIB)
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=64 * MIB)
+        await a.write("vm1", 0, data[:MIB])
+        for at in range(MIB, 8 * MIB, MIB):
+            await a.write("vm1", at, data[at : at + MIB])
+        begun = await _postcopy(a)
+        await b.write("vm1", 20 * MIB, b"written at b" + bytes(4084))
+        await b.write("vm1", 0, b"over" + bytes(4092))
+        assert await b.read("vm1", 4 * MIB, 4096) == data[4 * MIB : 4 * MIB + 4096]
+        assert a.role("vm1") == "ceded"
+        await a.call("migration_cancel", id=begun["migration"])
+        await until(lambda: a.role("vm1") == "owner")
+        assert await a.read("vm1", 20 * MIB, 12) == b"written at b"
+        assert await a.read("vm1", 0, 4) == b"over"
+        assert await a.read("vm1", MIB, 7 * MIB) == data[MIB:]
+        await until(lambda: b.role("vm1") == "retired" and not a.peers._migrations.movers)
+        await a.write("vm1", 0, b"home" * 1024)
+
+
+async def test_snapshots_travel_and_clones_stay_clones(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="golden", size=16 * MIB)
+        await a.write("golden", 0, b"g" * MIB)
+        await a.call("snapshot", volume="golden", snapshot="v1")
+        await a.write("golden", 0, b"h" * 4096)
+        await a.call("clone", source="golden", snapshot="v1", new="vm1")
+        await a.write("vm1", MIB, b"1" * MIB)
+        result = await a.call("migrate", names=["golden"], to=a.b, switchover="now")
+        assert result["bytes_sent"] == MIB + 4096
+        result = await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
+        assert result["bytes_sent"] == MIB and result["bytes_skipped"] == MIB
+        assert await b.read("vm1", 0, 2 * MIB) == b"g" * MIB + b"1" * MIB
+        assert (await b.read("golden", 0, 8192)) == b"h" * 4096 + b"g" * 4096
+        info = await b.call("info", name="golden")
+        assert [snap["name"] for snap in info["snapshots"]] == ["v1"]
+
+
+async def test_volumes_of_a_group_move_together(tmp_path):
+    async with two(tmp_path) as (a, b):
+        for name in ("root", "data"):
+            await a.call("create", name=name, size=16 * MIB)
+            await a.write(name, 0, name.encode() * 1024)
+        result = await a.call("migrate", names=["root", "data"], to=a.b, switchover="now")
+        assert result["state"] == "complete" and result["verified"]
+        for name in ("root", "data"):
+            assert await b.read(name, 0, len(name)) == name.encode()
+
+
+async def test_a_session_that_breaks_in_the_sweep_is_made_again(tmp_path):
+    data = os.urandom(8 * MIB)
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        for at in range(0, 8 * MIB, MIB):
+            await a.write("vm1", at, data[at : at + MIB])
+        begun = await _postcopy(a, bandwidth=16 * MIB)
+        mover = b.peers._migrations.find(begun["migration"])
+        for _ in range(3):
+            seen = mover.progress.traffic.received
+            a.peers._hub.links()[0].session.close("test")
+            await until(lambda seen=seen: mover.progress.traffic.received > seen or mover.over.is_set())
+        await until(lambda: a.role("vm1") == "retired")
+        assert await b.read("vm1", 0, 8 * MIB) == data
+
+
+async def test_a_reader_waits_for_a_peer_that_is_away_and_gets_an_error_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("silofs.engine.remote.FETCH_DEADLINE_S", 0.5)
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"x" * MIB)
+        await _postcopy(a, bandwidth=4096)
+        b.peers._hub.dial_wanted = a.peers._hub.dial_wanted = lambda: None
+        a.peers._hub._wants = b.peers._hub._wants = lambda peer: False
+        b.peers._hub.links()[0].session.close("test")
+        with pytest.raises(FetchTimeout):
+            await b.read("vm1", MIB // 2, 4096)
+        await b.write("vm1", MIB // 2, b"y" * 4096)
+        assert await b.read("vm1", MIB // 2, 4096) == b"y" * 4096
+        assert await b.read("vm1", 4 * MIB, 4096) == bytes(4096)
+
+
+async def _postcopy(a, bandwidth=MIB):
+    begun = await a.call(
+        "migrate", names=["vm1"], to=a.b, switchover="now", mode="postcopy", max_bandwidth=bandwidth, detach=True
+    )
+    await until(lambda: a.peers._migrations.find(begun["migration"]).progress.phase.value == "pulling")
+    return begun
+
+
+async def until(happened):
+    while not happened():
+        await trio.sleep(0.01)
 
 
 async def _without_rules(node):
