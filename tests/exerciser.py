@@ -264,7 +264,13 @@ class Run:
         self.failure: str | None = None
         self.ended = False
         self.deadline = time.monotonic() + options.seconds
-        self.fds = [self._open(options.file)]  # the last one is in use
+        try:
+            self.fds = [self._open(options.file)]  # the last one is in use
+        except OSError as error:
+            if error.errno != errno.ESTALE or not options.then:
+                raise
+            self.fds = [self._open(options.then)]
+            options.then = None
 
     def work(self, number: int) -> None:
         rng = random.Random(f"{self.options.seed}/{number}/{self.oracle.sequence}")
