@@ -148,6 +148,14 @@ class OperatorAcceptLost(Event, frozen=True):
     """`migration accept-lost ID`: COMPLETE with lost pages may retire the source."""
 
 
+class OriginSettled(Event, frozen=True):
+    """To a restored RETURN: the machine of its `origin` has confirmed what it rewrote (is not `unsettled`).
+
+    Until then the RETURN waits: that machine's commit, repeated, would write OWNER over the CEDED of this one.
+    Repeating it is harmless; the shell sends it after a restart, and after each `Committed` of a TargetMachine.
+    """
+
+
 class DigestsReady(Event, frozen=True):
     """Answer to `ComputeDigests` (at the target: of `Verify`)."""
 

@@ -77,6 +77,7 @@ class SourceMachine(Machine):
         self._lost = 0
         self._accept_lost = False
         self._reason = ms.Refusal.CANCELLED
+        self._settled = True  # the machine that brought the volumes, of which this is the RETURN
         self._digest_token = 0
         self._ack_token = 0
         self._ready_session: bytes | None = None
@@ -150,6 +151,7 @@ class SourceMachine(Machine):
         else:
             assert roles == {Role.OWNER}, "a migration before its switch-over whose volumes are not owned"
             machine.state = State.OFFERING
+            machine._settled = not record.returning
         return machine, machine._flush()
 
     # What the shell asks
@@ -229,7 +231,7 @@ class SourceMachine(Machine):
                     self._send(ms.Unserved(*self._header, message.request, message.segment))
                 else:
                     self._do(ev.ServeMap(message.session, message.request, segment, message.first))
-            case ms.Ready() if self.state is State.OFFERING:
+            case ms.Ready() if self.state is State.OFFERING and self._settled:
                 self._ready(message, now)
             case ms.Refuse() if self.state in BEFORE_CEDING:
                 self._cancel(message.reason, now)
@@ -290,6 +292,10 @@ class SourceMachine(Machine):
                     self._cancel(ms.Refusal.BUSY, now)
             case ev.VolumeChanged() if self.state in BEFORE_FREEZE:
                 self._cancel(ms.Refusal.CHANGED, now)
+            case ev.OriginSettled():
+                waited, self._settled = not self._settled, True
+                if waited and self.state is State.OFFERING:
+                    self._offer(now)
             case ev.OperatorCancel():
                 self._operator_cancel(now)
             case ev.OperatorSwitchover():
@@ -378,7 +384,7 @@ class SourceMachine(Machine):
         return self.session is not None and self._ready_session == self.session
 
     def _offer(self, now: float) -> None:
-        if self.session is not None:
+        if self.session is not None and self._settled:
             self._send(ms.Offer(*self._header, self.record.offered, self.record.returning, self.record.origin))
         self._repeat(now)
 

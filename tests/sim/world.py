@@ -366,6 +366,14 @@ class World:
                 node.machines.pop(migration, None)
         if current:
             self.drive(node, machine, ev.Committed(action.token))
+            self._origins(node)
+
+    def _origins(self, node: Node) -> None:
+        for machine in list(node.machines.values()):
+            if isinstance(machine, SourceMachine):
+                origin = node.machines.get(machine.record.origin)
+                if origin is None or not origin.unsettled:
+                    self.drive(node, machine, ev.OriginSettled())
 
     def _now_synced(self, node: Node) -> None:
         for volume in self.volumes:
@@ -511,6 +519,7 @@ class World:
             self.perform(node, machine, actions)
             if isinstance(machine, SourceMachine) and machine.record.origin in node.machines:
                 self.drive(node, node.machines[machine.record.origin], ev.ReturnStarted())
+        self._origins(node)
 
     # The checker
 
