@@ -127,7 +127,7 @@ def main(args: Sequence[str]) -> int:
         path = error.ctx.command_path if error.ctx is not None else "silofs"
         raise UserError(error.format_message().rstrip("."), hint=f"{path} --help shows how it is written") from error
     except click.Abort as error:
-        raise Interrupted("interrupted", hint="") from error
+        raise Interrupted("interrupted", hint="nothing is left half done: run the same command again") from error
     except click.ClickException as error:
         raise UserError(error.format_message()) from error
     return code if isinstance(code, int) else Exit.OK
