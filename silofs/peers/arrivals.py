@@ -168,7 +168,8 @@ class Arrivals:
                 self._filled(await write(self._store, fill))
                 self.batches += 1
                 failpoints.hit("demand.after_batch" if demand else "sweep.after_batch")
-        except StoreFull:
+        except StoreFull as error:
+            log.warning("pages that arrived wait for room: %s", error)
             failed = Refusal.SPACE
         except SiloError as error:
             log.error("pages that arrived cannot be stored: %s", error)

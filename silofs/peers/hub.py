@@ -364,22 +364,35 @@ class Hub:
             self._move()
 
     async def _lane(self, link: Link, lane: Outbound | Inbound) -> None:
-        reason = "the bulk lane ended"
-        try:
-            # A cancellation cannot reach the thread; stopping the lane ends its socket, and with it the thread.
-            await trio.to_thread.run_sync(lane.run, abandon_on_cancel=True, limiter=self._threads)
-        except PeerError as error:
-            reason = str(error)
-        except Exception as error:
-            log.exception("a bulk lane failed")
-            reason = f"the bulk lane failed: {error}"
-        finally:
-            lane.stop()
-        link.session.close(reason)
+        """The lane's thread, waited for even when cancelled: it holds a transaction of a store that will be closed."""
+
+        def work() -> str:
+            try:
+                lane.run()
+            except PeerError as error:
+                return str(error)
+            except Exception as error:
+                log.exception("a bulk lane failed")
+                return f"the bulk lane failed: {error}"
+            return "the bulk lane ended"
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_when_cancelled, lane)
+            reason = await trio.to_thread.run_sync(work, limiter=self._threads)
+            link.session.close(reason)
+            nursery.cancel_scope.cancel()
 
     def _move(self) -> None:
         moved, self._moved = self._moved, trio.Event()
         moved.set()
+
+
+async def _stop_when_cancelled(lane: Outbound | Inbound) -> None:
+    """A cancellation cannot reach a thread; the end of its socket does."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        lane.stop()
 
 
 async def dial(address: str, context: ssl.SSLContext) -> TlsStream:

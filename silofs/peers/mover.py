@@ -97,6 +97,7 @@ class Mover:
     def stored(self, event: ev.PagesDurable | ev.PagesFailed, nbytes: int) -> None:
         """Arrivals.Receiver."""
         self.progress.traffic.received += nbytes
+        self.progress.trouble = event.reason if isinstance(event, ev.PagesFailed) else None
         self.post(event)
 
     def demand(self, segment: bytes, page: int) -> None:

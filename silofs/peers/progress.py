@@ -74,6 +74,7 @@ class Progress:
         self.reason: Refusal | None = None
         self.detail = ""
         self.fault_text = ""
+        self.trouble: Refusal | None = None  # why the sweep does not get on; it is tried again
         self.lost = 0
         self.verified = False
         self.skipped = 0  # bytes below the common states
@@ -157,7 +158,8 @@ class Progress:
         """For `migration show`."""
         rate = self.rate()
         left = self.bytes_left
-        error = self.fault_text or (text_of(self.reason) if self.reason is not None else "")
+        reason = self.reason or (None if self.done else self.trouble)
+        error = self.fault_text or (text_of(reason) if reason is not None else "")
         return {
             "migration": shown_id(self.migration),
             "volumes": self.names,
@@ -180,5 +182,5 @@ class Progress:
             "verified": self.verified,
             "lost_pages": self.lost,
             "error": error + (f": {self.detail}" if self.detail else ""),
-            "hint": HINTS.get(self.reason, "") if self.reason is not None else "",
+            "hint": HINTS.get(reason, "") if reason is not None else "",
         }
