@@ -221,8 +221,9 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """The daemon's part of `silofs status`."""
+        readonly = self._state == "serving" and self._store.broken
         return {
-            "state": self._state,
+            "state": "readonly" if readonly else self._state,
             "version": __version__,
             "mountpoint": self._args.mountpoint,
             "store": str(self._store.path),

@@ -34,6 +34,7 @@ from silofs import failpoints, verbs
 from silofs.blocks import PAGE
 from silofs.engine import Engine, VolumeState
 from silofs.errors import Exists, NoSuchVolume, ReadOnly, SiloError, Unsupported
+from silofs.facts import View
 from silofs.layers.catalog import Snapshot, Volume
 from silofs.layers.handles import Handle, HandleTable
 from silofs.mount import tree
@@ -74,7 +75,7 @@ class Volumes:
 
     engine: Engine
     handles: HandleTable
-    view: Callable[[], verbs.View]
+    view: Callable[[], View]
     space: Callable[[], Space]
     before_change: Callable[[str, str], Awaitable[None]]
 
