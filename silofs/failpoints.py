@@ -1,6 +1,6 @@
 """Named places where a test can make the daemon die, fail or stand still. Off unless SILOFS_FAIL is set.
 
-    SILOFS_FAIL=cede.before_commit:kill,pull.after_batch:raise@3
+    SILOFS_FAIL=cede.before_commit:kill,sweep.after_batch:raise@3
 
 Each entry is NAME:ACTION or NAME:ACTION@N (the Nth time that the place is reached; 1 when left out). Actions: `kill`
 (SIGKILL to this process: no handler, no flush), `raise` (FailpointReached, as an unexpected error of ours would come),
@@ -10,7 +10,7 @@ The holder restarts a dead daemon with the same environment. So that a failpoint
 successor, SILOFS_FAIL_DIR can name a directory: firing creates NAME there first, and a name that exists is spent. Tests
 wait for that file instead of sleeping.
 
-The names in use are listed in docs/testing.md; `hit` of a name that nobody set costs one dictionary look-up.
+The names of migrations are listed in docs/peers.md; `hit` of a name that nobody set costs one dictionary look-up.
 """
 
 from __future__ import annotations
