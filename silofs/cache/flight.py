@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -60,6 +60,10 @@ class Flights(Generic[K, W]):
         flight = self._up.pop(key, None)
         if flight is not None:
             flight.stale = True
+
+    def __iter__(self) -> Iterator[K]:
+        """The keys of what is up."""
+        return iter(tuple(self._up))
 
     def spoil_all(self) -> None:
         for flight in self._up.values():

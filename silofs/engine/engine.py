@@ -213,8 +213,8 @@ class Engine:
         for uuid in uuids:
             self.open_volume(uuid).acknowledged()
 
-    def filled(self, uuid: bytes, leaves: Iterable[int]) -> None:
-        """Pages of these leaves have arrived in the store, in whatever layer of the volume's chain."""
+    def filled(self, leaves: Iterable[int]) -> None:
+        """Pages of these leaves have arrived in the store, in some layer: whatever has that layer will see them."""
         self._renew()
         numbers = list(leaves)
         with self.store.reader() as txn:

@@ -177,12 +177,16 @@ class Reads(Gatherer):
 
     def forget_leaves(self, volume: VolumeState, first: int, end: int) -> None:
         """The leaves [first, end) may be different now."""
+        start, stop = volume.key + first, volume.key + end
         if end - first < 64:
-            for number in range(first, end):
-                self.leaves.drop(volume.key | number)
+            for key in range(start, stop):
+                self.leaves.drop(key)
         else:
-            self.leaves.drop_range(volume.key | first, volume.key | end)
-        self._resolving.spoil_all()
+            self.leaves.drop_range(start, stop)
+        # Only those: a reader of another leaf must not have to begin again at every arrival of a page.
+        for key in self._resolving:
+            if start <= key < stop:
+                self._resolving.spoil(key)
 
     def forget(self, volume: VolumeState) -> None:
         self.forget_leaves(volume, 0, 1 << KEY_SHIFT)

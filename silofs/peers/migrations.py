@@ -226,7 +226,7 @@ class Migrations:
     def _filled(self, filled: Filled) -> None:
         leaves = {page >> 9 for pages in filled.values() for page in pages}
         if leaves:
-            self.engine.filled(b"", leaves)
+            self.engine.filled(leaves)
 
     async def _watch_writers(self) -> None:
         """Tell the sources how many writers a switch-over would cut off, whenever that changes."""

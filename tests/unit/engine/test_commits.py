@@ -127,6 +127,18 @@ async def test_an_fsync_waits_for_the_commit_in_flight_that_has_its_writes(rig: 
         assert sorted(done) == [("first", before + 1), ("second", before + 1), ("third", before + 2)]
 
 
+async def test_an_fsync_does_not_wait_for_age_after_a_change_took_the_cut(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        await trio.sleep(COMMIT_AGE_S / 10)  # the background task has seen that something is pending
+        await engine.transact(lambda txn: txn.seal(volume.uuid))
+        await write(engine, volume, 0, page(2))
+        started = trio.current_time()
+        await engine.flush(volume)
+        assert trio.current_time() == started
+
+
 async def test_nothing_dirty_needs_no_commit(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()

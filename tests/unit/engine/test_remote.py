@@ -152,7 +152,7 @@ async def test_a_write_of_a_whole_page_wins_at_once(rig: Rig, peer: Peer, autoju
         assert await read(engine, volume, 4 * PAGE, 3 * PAGE) == remote(4) + bytes(PAGE) + remote(6)
         # The page arrives all the same, for a snapshot perhaps: what was written here stays.
         engine.store.write(lambda txn: txn.fill(layer_id, {1: page(9), 5: page(9), 6: remote(6)}))
-        engine.filled(volume.uuid, [0])
+        engine.filled([0])
         assert await read(engine, volume, PAGE, 2 * PAGE) == page(1) + page(2)
         assert await read(engine, volume, 5 * PAGE, 2 * PAGE) == bytes(PAGE) + remote(6)
 
@@ -205,7 +205,7 @@ async def test_a_page_that_arrived_is_not_fetched_again(rig: Rig, peer: Peer, au
         assert [number for _, number in peer.asked] == [0]
         rest = {number: remote(number) for number in range(8)}
         engine.store.write(lambda txn: txn.fill(layer_id, rest))
-        engine.filled(volume.uuid, [0])
+        engine.filled([0])
         assert not volume.remote
         assert await read(engine, volume, 0, 8 * PAGE) == remote(*range(8))
         assert engine.write_now(volume, 3, b"no need to wait")
@@ -225,7 +225,7 @@ async def test_clones_and_snapshots_fetch_too(rig: Rig, peer: Peer, autojump_clo
         await engine.write(clone, 3 * PAGE + 1, b"c")
         assert await read(engine, clone, 3 * PAGE, PAGE) == page(1003)[:1] + b"c" + page(1003)[2:]
         engine.store.write(lambda txn: txn.fill(layer_id, {number: remote(number) for number in range(8)}))
-        engine.filled(volume.uuid, [0])
+        engine.filled([0])
         assert not view.remote
         assert await read(engine, view, 0, 8 * PAGE) == page(1) + remote(*range(1, 8))
 
