@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from silofs.errors import SiloError, error_of
 from silofs.mount import kernel
 from silofs.mount.channel import Channel, Message
 
@@ -98,3 +99,18 @@ class Child:
         self.session.close()
         os.close(self.pidfd)
         return status
+
+    def ending(self, status: int) -> str:
+        """How it ended, for people."""
+        if self.refusal is not None:
+            return f"could not open the store: {self.refusal['message']}"
+        if status < 0:
+            return f"was killed by {signal.Signals(-status).name}"
+        return "ended as it was asked to" if self.clean else f"ended with status {status}"
+
+    def error(self, ending: str) -> SiloError:
+        """Why it did not come up: what it said of the store, or how it ended."""
+        refusal = self.refusal
+        if refusal is None:
+            return SiloError(f"the daemon {ending}", hint="silofs.log in the store says more")
+        return error_of(str(refusal["code"]))(str(refusal["message"]), hint=str(refusal["hint"] or ""))

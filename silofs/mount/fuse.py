@@ -1,8 +1,7 @@
 """The file system calls of a mount, over the engine: names and attributes, handles, reads and writes.
 
-Every handler turns what it raises into a FUSEError in one place (`refusal`): a SiloError into its errno, anything else
-into EIO, a log line and a counter. That matters more than it looks: an exception of another class that reaches pyfuse3
-ends its loop, and with it the disks of all VMs. trio.Cancelled passes: the daemon is ending, and the kernel sends the
+Every handler turns what it raises into a FUSEError in one place (`refusal` in guard.py): a SiloError into its errno,
+anything else into EIO, a log line and a counter. trio.Cancelled passes: the daemon is ending, and the kernel sends the
 request again to the next one.
 
 `read` and `write` are the hot path: one dictionary look-up, then the engine, inline. A reply is sent by pyfuse3 right
@@ -22,10 +21,8 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
@@ -33,29 +30,19 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from silofs import failpoints, verbs
 from silofs.blocks import PAGE
 from silofs.engine import Engine, VolumeState
-from silofs.errors import Exists, NoSuchVolume, ReadOnly, SiloError, Unsupported
+from silofs.errors import Exists, NoSuchVolume, ReadOnly, SiloError
 from silofs.facts import View
 from silofs.layers.catalog import Snapshot, Volume
 from silofs.layers.handles import Handle, HandleTable
 from silofs.mount import tree
+from silofs.mount.guard import Guarded, guarded
 from silofs.mount.names import Names
-from silofs.mount.session import Hooks
 from silofs.mount.tree import ROOT, SNAPSHOTS, SNAPSHOTS_NAME, Entry
 
 log = logging.getLogger(__name__)
 
 SECTORS_PER_PAGE = PAGE // 512
 DOT, DOTDOT = 1, 2  # positions in a listing; an entry's is its inode plus 2
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@dataclass
-class Counters:
-    """What went wrong in handlers since this daemon started."""
-
-    refused: int = 0  # requests answered with an error that silofs raised on purpose
-    bugs: int = 0  # requests answered with EIO because a handler failed
 
 
 @dataclass(frozen=True)
@@ -80,21 +67,6 @@ class Volumes:
     before_change: Callable[[str, str], Awaitable[None]]
 
 
-def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A handler out of which nothing but FUSEError and trio's own BaseExceptions comes."""
-
-    @wraps(handler)
-    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await handler(*args, **kwargs)
-        except Exception as error:
-            adapter = args[0]
-            assert isinstance(adapter, Adapter)
-            raise adapter.refusal(error) from None
-
-    return call
-
-
 class _File:
     """One open handle of this mount, in this daemon."""
 
@@ -106,7 +78,7 @@ class _File:
         self.sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
 
 
-class Adapter(Hooks):
+class Adapter(Guarded):
     """pyfuse3's operations. Made before the store is open (the session needs it for INIT), `bind` follows."""
 
     supports_dot_lookup = False
@@ -114,7 +86,6 @@ class Adapter(Hooks):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counters = Counters()
         self._volumes: Volumes
         self._engine: Engine
         self._names: Names
@@ -131,17 +102,6 @@ class Adapter(Hooks):
             except SiloError as error:
                 # The volume is gone or cannot be opened: its handle answers EBADF, the others go on.
                 log.error("handle %d of an earlier daemon is lost: %s", handle.id, error)
-
-    def refusal(self, error: Exception) -> FUSEError:
-        """What the caller of the system call gets for `error`. The one place where errors become errno."""
-        if isinstance(error, FUSEError):
-            return error
-        if isinstance(error, SiloError):
-            self.counters.refused += 1
-            return FUSEError(error.errno)
-        self.counters.bugs += 1
-        log.exception("a file system call failed", exc_info=error)
-        return FUSEError(errno.EIO)
 
     # The hot path
 
@@ -303,26 +263,6 @@ class Adapter(Hooks):
             raise ReadOnly("snapshots are changed with silofs, not through the mount")
         raise FUSEError(errno.EISDIR) if name == SNAPSHOTS_NAME else NoSuchVolume("no such file")
 
-    @guarded
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)
-
-    @guarded
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        raise FUSEError(errno.EPERM)
-
-    @guarded
-    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)
-
-    @guarded
-    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)
-
-    @guarded
-    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)
-
     # Attributes
 
     @guarded
@@ -379,10 +319,6 @@ class Adapter(Hooks):
         return attr
 
     @guarded
-    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
-        return True  # the kernel checks owner and mode itself (default_permissions)
-
-    @guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         failpoints.hit("mount.statfs")
         space = self._volumes.space()
@@ -394,22 +330,6 @@ class Adapter(Hooks):
         data.f_ffree = data.f_favail = 1 << 20
         data.f_namemax = 128 + len(tree.SUFFIX)
         return data
-
-    @guarded
-    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        raise FUSEError(errno.ENOSYS)  # the kernel stops asking, which it would before every write
-
-    @guarded
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        raise Unsupported("no extended attributes")
-
-    @guarded
-    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        raise Unsupported("no extended attributes")
-
-    @guarded
-    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        raise Unsupported("no extended attributes")
 
     # Directories
 

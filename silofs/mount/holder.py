@@ -19,7 +19,6 @@ that it starts daemons for as long as it takes. docs/mount.md has the table of d
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import select
@@ -31,13 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from silofs import limits
-from silofs.errors import Busy, NoStore, SiloError, StoreLocked, UserError, error_of
-from silofs.mount import kernel
+from silofs.errors import SiloError
+from silofs.mount import kernel, prepare
 from silofs.mount.backoff import Backoff
 from silofs.mount.channel import ChannelError, Message
 from silofs.mount.child import Child, Stage
-
-STATE_FILE = "holder.json"
 
 
 class Holder:
@@ -79,9 +76,9 @@ class Holder:
         Raises SiloError when it cannot come up: nothing is mounted then.
         """
         self._ready = ready
-        self._take_store()
+        self._lock = prepare.lock_store(self._store)
         try:
-            self._prepare_mountpoint()
+            prepare.mountpoint(self._store, self._mountpoint, self._options)
             self._new_log()
             self._current = self._spawn()
             self._open(self._current)
@@ -90,32 +87,6 @@ class Holder:
         finally:
             self._end()
         return self._over
-
-    def _take_store(self) -> None:
-        """Lock the store. The description is shared with every daemon: free only when all of us are gone."""
-        try:
-            self._lock = os.open(self._store / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            raise NoStore(f"there is no store at {self._store}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreLocked(f"the store {self._store} is in use") from None
-
-    def _prepare_mountpoint(self) -> None:
-        """Detach what a dead holder of this store left behind; refuse what is not an empty directory."""
-        path = str(self._mountpoint)
-        for mounted in reversed(kernel.mounts()):
-            if mounted.mountpoint == path:
-                # We hold the store's lock, so whoever served a mount of this store is dead.
-                if mounted.source != str(self._store):
-                    raise Busy(f"{path} is the mount of the store {mounted.source}", hint=f"silofs umount {path}")
-                kernel.unmount(path, lazy=True)
-        if not self._mountpoint.is_dir():
-            raise UserError(f"{path} is not a directory", hint="make it, or name another mountpoint")
-        if not self._options.nonempty and any(self._mountpoint.iterdir()):
-            hint = "mount on an empty directory, or add -o nonempty to hide what is in there"
-            raise Busy(f"{path} is not empty", hint=hint)
 
     def _new_log(self) -> None:
         """An empty memfd; the daemon lays the write log out in it."""
@@ -286,10 +257,10 @@ class Holder:
             return
         self._current = None
         now = time.monotonic()
-        self._last_exit = _describe(child, status)
+        self._last_exit = child.ending(status)
         self._note(f"daemon {child.pid} {self._last_exit}")
         if self._generations == 0:
-            raise _as_error(child, self._last_exit)
+            raise child.error(self._last_exit)
         if kernel.disconnected(self._fuse) and child.clean:
             self._over = 0
             return
@@ -402,7 +373,6 @@ class Holder:
         print(f"silofs holder: {text}", file=sys.stderr, flush=True)
 
     def _publish(self) -> None:
-        """Leave in the store what a command can show while there is no daemon to ask."""
         current = self._current
         serving = current is not None and current.stage is Stage.SERVING
         waiting = "holding" if self._backoff.holding else "starting"
@@ -415,13 +385,10 @@ class Holder:
             "last_exit": self._last_exit,
             "refused": self._refused,
         }
-        path = self._store / STATE_FILE
-        new = path.with_suffix(".new")
         try:
-            new.write_text(json.dumps(about) + "\n")
-            new.replace(path)
+            prepare.publish(self._store, about)
         except OSError as error:  # a full disk must not end a mount
-            self._note(f"cannot write {path}: {error.strerror}")
+            self._note(f"cannot write {prepare.STATE_FILE}: {error.strerror}")
 
     def _end(self) -> None:
         """Leave nothing behind: no daemon, no file, and no mount unless it goes on being used lazily."""
@@ -434,7 +401,7 @@ class Holder:
                 kernel.unmount(str(self._mountpoint), lazy=True)
             except OSError as error:
                 self._note(f"cannot unmount {self._mountpoint}: {error.strerror}")
-        (self._store / STATE_FILE).unlink(missing_ok=True)
+        (self._store / prepare.STATE_FILE).unlink(missing_ok=True)
 
 
 def _patience(child: Child) -> float:
@@ -446,22 +413,6 @@ def _closed(fd: int) -> bool:
     poller = select.poll()
     poller.register(fd, 0)
     return any(events & select.POLLHUP for _fd, events in poller.poll(0))
-
-
-def _describe(child: Child, status: int) -> str:
-    if child.refusal is not None:
-        return f"could not open the store: {child.refusal['message']}"
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return "ended as it was asked to" if child.clean else f"ended with status {status}"
-
-
-def _as_error(child: Child, described: str) -> SiloError:
-    """Why the first daemon of a mount did not come up."""
-    refusal = child.refusal
-    if refusal is None:
-        return SiloError(f"the daemon {described}", hint="its log says more")
-    return error_of(str(refusal["code"]))(str(refusal["message"]), hint=str(refusal["hint"] or ""))
 
 
 def _spare_from_the_oom_killer() -> None:

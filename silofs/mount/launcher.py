@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from silofs.errors import SiloError, TryAgain, error_of
-from silofs.mount import kernel
-from silofs.mount.holder import STATE_FILE
+from silofs.mount import kernel, prepare
 
 LOG_FILE = "silofs.log"
 
@@ -97,12 +96,7 @@ def _answer(reader: int, timeout_s: float) -> dict[str, Any]:
 def holder_state(store: Path) -> dict[str, Any] | None:
     """What the holder of a store last said of itself (state, holder_pid, daemon_pid, mountpoint, restarts, last_exit,
     refused), or None when there is no holder. For commands that find no daemon to ask."""
-    try:
-        about = json.loads((store / STATE_FILE).read_text())
-        cmdline = Path(f"/proc/{int(about['holder_pid'])}/cmdline").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(about) if b"silofs.mount.holder" in cmdline else None
+    return prepare.published(store)
 
 
 def store_of(mountpoint: Path) -> Path | None:

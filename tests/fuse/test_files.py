@@ -220,8 +220,10 @@ def test_snapshots_are_shown_read_only(shared: Mount, image: Path) -> None:
     fails(errno.EROFS, os.truncate, taken, 0)
     fails(errno.EROFS, os.unlink, taken)
     fails(errno.EROFS, os.rename, taken, shared.image("taken"))
+    fails(errno.EBUSY, os.unlink, image)  # which would take the snapshot along
     shared.silofs("rm", f"{image.stem}@one", "--yes")
     assert os.listdir(snapshots) == []
+    os.unlink(image)
 
 
 def test_a_resize_is_seen_at_once(shared: Mount, image: Path) -> None:
