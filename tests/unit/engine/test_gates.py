@@ -12,6 +12,8 @@ from silofs.blocks import PAGE
 from silofs.engine import Gate, VolumeState
 from silofs.errors import Busy, FetchTimeout, NotOwner, PeerUnreachable, ReadOnly
 from silofs.layers.catalog import Ownership, Role
+from silofs.layers.schema import REMOTE
+from silofs.layers.transaction import WriteTxn
 from silofs.limits import CEDED_READ_WAIT_S, FETCH_DEADLINE_S, INCOMING_WRITE_WAIT_S
 
 from .rig import Rig, outcome, page, read, write
@@ -222,3 +224,29 @@ async def test_writers_are_counted(rig: Rig, autojump_clock: MockClock) -> None:
         assert engine.writers(volume.uuid) == 1
         assert volume.open_count == 2
         assert engine.writers(b"?" * 16) == 0
+
+
+async def test_a_volume_that_comes_back_shows_nothing_that_was_cached_before(
+    rig: Rig, autojump_clock: MockClock
+) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        await engine.flush(volume)
+        assert await read(engine, volume, 0, PAGE) == page(1)
+        await rig.set_role(volume, Role.CEDED, 2)
+
+        def come_back(txn: WriteTxn) -> None:
+            layer = txn.receive_layer(b"L" * 16, 0, volume.size, volume.size)
+            txn.put_map(layer.id, [(0, 1, REMOTE)], mapped=volume.size // PAGE)
+            txn.fill(layer.id, {0: page(7)})
+            txn.rollback(volume.uuid, layer.id)
+            txn.put_ownership(Ownership(volume.uuid, Role.OWNER, 3))
+
+        rig.store.write(come_back)
+        engine.apply_ownership([volume.uuid])
+        assert await read(engine, volume, 0, PAGE) == page(7)
+        assert volume.epoch == 3
+        await write(engine, volume, 0, page(8))
+    async with rig.running() as engine:
+        assert await read(engine, engine.open_volume(volume.uuid), 0, PAGE) == page(8)
