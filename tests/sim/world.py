@@ -717,6 +717,11 @@ class World:
             self.restart(r.choice(down))
         elif self.a.session is None or self.a.session != self.b.session:
             self.connect()
+        elif r.random() < self.returns * 0.5:
+            for node in self.nodes:
+                target = self.machine(node, TargetMachine)
+                if target is not None and target.may_return and not target.held:
+                    self.drive(node, target, ev.OperatorCancel())
         elif r.random() < 0.3:
             switchover = r.choice(list(Switchover))
             options = Options(r.choice(list(Mode)), switchover, r.random() < 0.5, r.random() < 0.8)
