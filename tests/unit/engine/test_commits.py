@@ -127,6 +127,23 @@ async def test_an_fsync_waits_for_the_commit_in_flight_that_has_its_writes(rig: 
         assert sorted(done) == [("first", before + 1), ("second", before + 1), ("third", before + 2)]
 
 
+async def test_a_discard_during_a_commit_is_seen_after_it(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1) + page(2))
+        rig.inline.hold()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.flush, volume)
+            await wait_all_tasks_blocked()
+            await engine.discard(volume, 0, PAGE)
+            assert await read(engine, volume, 0, 2 * PAGE) == bytes(PAGE) + page(2)
+            rig.inline.release.set()
+        assert volume.flushing is None
+        assert not volume.clean
+        for length in (PAGE, 2 * PAGE):
+            assert await read(engine, volume, 0, length) == (bytes(PAGE) + page(2))[:length]
+
+
 async def test_an_fsync_does_not_wait_for_age_after_a_change_took_the_cut(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
