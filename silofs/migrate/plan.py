@@ -6,11 +6,13 @@ import enum
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
+from msgspec.structs import replace
+
 from silofs import limits
 from silofs.blocks import PAGE, pages_for
 from silofs.errors import ProtocolError
 from silofs.migrate import messages as ms
-from silofs.migrate.states import MAP_COMPLETE, Mode
+from silofs.migrate.states import MAP_COMPLETE, MigrationRecord, Mode
 
 SHRINK = 0.9  # a round that is not at least a tenth smaller than the one before does not shrink
 
@@ -104,3 +106,19 @@ def carry_over(
     """How far the maps of `new` have arrived, given those of `old`: a segment is the same iff uuid and parent are."""
     arrived = {(segment.uuid, segment.parent): at for segment, at in zip(old, old_next, strict=True)}
     return tuple(arrived.get((segment.uuid, segment.parent), 0) for segment in new)
+
+
+def with_parts(record: MigrationRecord, parts: Iterable[ms.MapPart]) -> MigrationRecord:
+    """The target's record once these parts of maps are durable. ProtocolError if one is not what comes next."""
+    after = list(record.map_next)
+    for part in parts:
+        at = next((i for i, segment in enumerate(record.segments) if segment.uuid == part.segment), None)
+        if at is None:
+            raise ProtocolError("a part of a map of another layer")
+        after[at] = map_after(record.segments[at], after[at], part)
+    return replace(record, map_next=tuple(after))
+
+
+def maps_complete(record: MigrationRecord) -> bool:
+    """Every map of the manifest is durable at the target."""
+    return all(at == MAP_COMPLETE for at in record.map_next)

@@ -18,10 +18,8 @@ from silofs.migrate import events as ev
 from silofs.migrate import messages as ms
 from silofs.migrate import plan, states
 from silofs.migrate.machine import Machine, by_uuid
-from silofs.migrate.order import Order
-from silofs.migrate.states import MAP_COMPLETE, MigrationRecord, Options, Ownership, Phase, Role, Side
-
-MAPS_IN_FLIGHT = 4  # segments whose map is being asked for at a time
+from silofs.migrate.states import MigrationRecord, Options, Ownership, Phase, Role, Side
+from silofs.migrate.transfer import Transfer
 
 
 class State(enum.Enum):
@@ -54,7 +52,7 @@ class TargetMachine(Machine):
         self.record: MigrationRecord | None = None
         self.ownership = ownership
         self.returning = False
-        self.order = Order()
+        self.transfer = Transfer()
         self.paused = False
         self.held = False  # a RETURN of these volumes runs here: no sweep, no COMPLETE
         self._offer: ms.Offer | None = None
@@ -69,15 +67,6 @@ class TargetMachine(Machine):
         self._retry: ev.Commit | None = None
         self._cancel_wanted = False
         self._forget_pending = False
-        # maps
-        self._asked: dict[bytes, int] = {}  # segment -> request of its MAP_ASK
-        self._parts: list[ms.MapPart] = []  # arrived, not committed
-        self._request = 0
-        # the sweep: segments are looked through newest first; a pass that finds nothing ends it
-        self._sweep_at: tuple[int, int] = (0, 0)  # index from the end of the manifest, page
-        self._found = False
-        self._swept = False
-        self._find_token = 0
         self._sweep_after: float | None = None  # the sweep rests until then
         self._progress_at = 0.0
         # verification
@@ -139,18 +128,18 @@ class TargetMachine(Machine):
 
     def expects(self, session: bytes, request: int, segment: bytes, runs: Iterable[ms.Run]) -> bool:
         """Whether these pages answer a PULL of this session: else they are not to be stored."""
-        return session == self.session and self.order.expects(request, segment, runs)
+        return session == self.session and self.transfer.order.expects(request, segment, runs)
 
     def deadline(self) -> float | None:
         times = [at for at in (self._due, self._retry_at, self._sweep_after) if at is not None]
-        if self.order.flying and self.session is not None:
+        if self.transfer.order.flying and self.session is not None:
             times.append(self._progress_at + limits.PULL_STALL_S)
         return min(times, default=None)
 
     # Connection and time
 
     def _on_connected(self, now: float) -> None:
-        self._forget_requests()
+        self.transfer.forget()
         self._done_sent = None
         self._announce = None
         self._differs = False
@@ -163,7 +152,7 @@ class TargetMachine(Machine):
         self._advance(now)
 
     def _on_disconnected(self, now: float) -> None:
-        self._forget_requests()
+        self.transfer.forget()
         self._announce = None
         self._due = None
         if self.state is State.GRANTED:
@@ -181,17 +170,6 @@ class TargetMachine(Machine):
         if self.state is State.NEW and not self._busy:
             self._finish(Phase.CANCELLED, ms.Refusal.TRY_AGAIN)
 
-    def _forget_requests(self) -> None:
-        self.order.reset()
-        self._asked.clear()
-        self._parts.clear()
-        self._restart_sweep()
-
-    def _restart_sweep(self) -> None:
-        self._sweep_at = (0, 0)
-        self._found = self._swept = False
-        self._find_token = 0
-
     def _on_timeout(self, now: float) -> None:
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
@@ -201,13 +179,12 @@ class TargetMachine(Machine):
             self._do(self._retry)
         if self._sweep_after is not None and now >= self._sweep_after:
             self._sweep_after = None
-        if self.order.flying and self.session is not None and now >= self._progress_at + limits.PULL_STALL_S:
-            self.order.reset()
-            self._restart_sweep()
+        if self.transfer.order.flying and self.session is not None and now >= self._progress_at + limits.PULL_STALL_S:
+            self.transfer.order.reset()
+            self.transfer.restart()
         if self._due is not None and now >= self._due:
             self._due = None
-            queued = {part.segment for part in self._parts}
-            self._asked = {uuid: request for uuid, request in self._asked.items() if uuid in queued}
+            self.transfer.maps_overdue()
             self._remind(now)
         self._advance(now)
 
@@ -221,7 +198,7 @@ class TargetMachine(Machine):
             self._send(ms.Complete(*self._header, self._lost))
         elif self.state is State.INCOMING and self._cancel_wanted:
             self._send(ms.CancelAsk(*self._header))
-        elif not self._asked:
+        elif not self.transfer.maps_asked:
             return
         self._repeat(now)
 
@@ -242,8 +219,8 @@ class TargetMachine(Machine):
                 self._finish(Phase.CANCELLED, message.reason)
             case ms.Cancelled() if self.state in (State.RECORDING, State.INCOMING):
                 self._forget()
-            case ms.Map():
-                self._map(message)
+            case ms.Map() if self.record is not None:
+                self.transfer.map_arrived(self.record, message)
             case ms.Unserved():
                 self._unserved(message.request, message.segment, now)
             case ms.Digests() if self.state is State.VERIFYING:
@@ -345,26 +322,11 @@ class TargetMachine(Machine):
             self._wait = self._next()
             self._do(ev.CheckOffer(self._wait, message.offered, self.volumes, self.peer, message.returning, True))
 
-    def _map(self, message: ms.Map) -> None:
-        part = message.part
-        if self.record is None or self._asked.get(part.segment) != message.request:
-            return
-        if any(queued.segment == part.segment for queued in self._parts):
-            return
-        self._with_parts(self.record, (part,))  # a ProtocolError if it is not what was asked for
-        self._parts.append(part)  # what follows it is asked for once it is durable
-
     def _unserved(self, request: int, segment: bytes, now: float) -> None:
-        if self._asked.get(segment) == request:
+        if self.transfer.asked_map(segment, request):
             self._repeat(now)
-            return
-        wanted = self.order.failed(request, segment)
-        if wanted is None:
-            return
-        self._found = True
-        self._sweep_after = now + limits.REPEAT_S
-        if wanted.priority is ms.Priority.DEMAND:
-            self.order.add(wanted.segment, wanted.runs, wanted.priority)
+        elif self.transfer.unserved(request, segment):
+            self._sweep_after = now + limits.REPEAT_S
 
     # Other events
 
@@ -383,15 +345,15 @@ class TargetMachine(Machine):
                 self._checked(event)
             case ev.PrepareChecked() if event.token == self._prepare[0] and self.session is not None:
                 self._send(ms.Prepared(*self._header, self._prepare[1], event.refusal))
-            case ev.MissingPages() if event.token == self._find_token:
-                self._missing(event)
+            case ev.MissingPages() if event.token == self.transfer.find_token:
+                self.transfer.missing(event.segment, event.runs, event.next_page)
             case ev.PagesDurable() if event.session == self.session:
-                if self.order.arrived(event.request, event.segment, event.runs, event.last):
+                if self.transfer.order.arrived(event.request, event.segment, event.runs, event.last):
                     self._progress_at = now
             case ev.PagesFailed() if event.session == self.session:
                 self._unserved(event.request, event.segment, now)
             case ev.Demand() if self.state in OWNS or self.state is State.OWNING:
-                self.order.add(event.segment, (event.run,), event.priority)
+                self.transfer.order.add(event.segment, (event.run,), event.priority)
             case ev.DigestsReady() if self.state is State.VERIFYING and event.token == self._wait:
                 self._ours = event.digests
                 self._lost = event.lost
@@ -504,9 +466,9 @@ class TargetMachine(Machine):
         if self._committing is not None:
             known = self.record.segments if self.record is not None else ()
             if self._committing.segments != known:
-                self._restart_sweep()
+                self.transfer.restart()
                 if self._committing.segments[: len(known)] != known:
-                    self.order.reset()  # begun anew: what is asked for may be of a layer that is no more
+                    self.transfer.order.reset()  # begun anew: what is asked for may be of a layer that is no more
             self.record = self._committing
         self.ownership.update((owner.uuid, owner) for owner in self._retry.ownership)
         self._retry = self._committing = None
@@ -520,7 +482,7 @@ class TargetMachine(Machine):
             self._grant = None
             assert self.record is not None
             self._enter(Phase.PULLING, self.record.round)
-            self._restart_sweep()
+            self.transfer.restart()
             if self.session is not None:
                 self._send(ms.Ack(*self._header))
         elif self.state is State.COMPLETING:
@@ -555,7 +517,7 @@ class TargetMachine(Machine):
             self._advance_record()  # RETURN: the sweep may just have ended
         if self.state is State.INCOMING:
             self._round_done()
-        elif self.state is State.PULLING and self._swept and not self.held and not self.paused:
+        elif self.state is State.PULLING and self.transfer.swept and not (self.held or self.paused or self._differs):
             self._verify(now)
         if self.state is State.VERIFYING:
             self._advance_pages(now)  # demand still; the sweep found all
@@ -570,15 +532,14 @@ class TargetMachine(Machine):
             if record is None or not self._matches(record, grant):
                 self._take_manifest(record, grant)
                 return
-            if self._maps_complete and (self._swept or not self.returning) and not self._parts:
+            if self._maps_complete and (self.transfer.swept or not self.returning):
                 self._own(record, ())
                 return
         elif self.state is State.INCOMING and record is not None and self._announce is not None:
             announce = self._announce
             if record.segments != announce.segments:
                 arrived = plan.carry_over(record.segments, record.map_next, announce.segments)
-                self._asked.clear()
-                self._parts.clear()
+                self.transfer.drop_maps()
                 new = replace(
                     record,
                     phase=Phase.PRECOPY,
@@ -589,11 +550,10 @@ class TargetMachine(Machine):
                 self._commit((), new)
                 self._enter(Phase.PRECOPY, announce.round)
                 return
-        if self._parts and record is not None and self.state in (State.INCOMING, State.GRANTED, State.PULLING):
-            parts, self._parts = tuple(self._parts), []
-            self._commit((), self._with_parts(record, parts), maps=parts)
-            for part in parts:
-                self._asked.pop(part.segment, None)
+        pulling = self.state in (State.INCOMING, State.GRANTED, State.PULLING)
+        if self.transfer.has_parts and record is not None and pulling:
+            parts = self.transfer.take_parts()
+            self._commit((), plan.with_parts(record, parts), maps=parts)
 
     def _matches(self, record: MigrationRecord, grant: ms.Grant) -> bool:
         return (record.bases, record.segments, record.heads, record.snapshots) == (
@@ -620,12 +580,11 @@ class TargetMachine(Machine):
             heads=grant.heads,
             snapshots=grant.snapshots,
         )
-        self._asked.clear()
-        self._parts.clear()
+        self.transfer.drop_maps()
         at = {segment.uuid: next_page for segment, next_page in zip(new.segments, arrived, strict=True)}
         parts = tuple(part for part in grant.maps if at.get(part.segment) == part.first)
-        new = self._with_parts(new, parts)
-        if not self.returning and all(next_page == MAP_COMPLETE for next_page in new.map_next):
+        new = plan.with_parts(new, parts)
+        if not self.returning and plan.maps_complete(new):
             self._own(new, parts)
         else:
             owners, drop = ((), ()) if self.returning else self._incoming()
@@ -643,16 +602,9 @@ class TargetMachine(Machine):
         self.state = State.OWNING
         self._commit(owners, replace(record, phase=Phase.PULLING), drop=tuple(sorted(old)), maps=maps)
 
-    def _with_parts(self, record: MigrationRecord, parts: tuple[ms.MapPart, ...]) -> MigrationRecord:
-        after = list(record.map_next)
-        for part in parts:
-            at = next(i for i, segment in enumerate(record.segments) if segment.uuid == part.segment)
-            after[at] = plan.map_after(record.segments[at], after[at], part)
-        return replace(record, map_next=tuple(after))
-
     @property
     def _maps_complete(self) -> bool:
-        return self.record is not None and all(at == MAP_COMPLETE for at in self.record.map_next)
+        return self.record is not None and plan.maps_complete(self.record)
 
     @property
     def _manifest_current(self) -> bool:
@@ -672,23 +624,20 @@ class TargetMachine(Machine):
         assert record is not None
         if self._committing is not None and self._committing.map_next != record.map_next:
             return  # parts are on their way to the disk: what to ask for next shows when they are there
-        for segment, at in zip(record.segments, record.map_next, strict=True):
-            if len(self._asked) >= MAPS_IN_FLIGHT:
-                break
-            if at != MAP_COMPLETE and segment.uuid not in self._asked:
-                self._request = (self._request + 1) & 0xFFFFFFFF
-                self._asked[segment.uuid] = self._request
-                self._send(ms.MapAsk(*self._header, self._request, segment.uuid, at))
-                self._repeat(now)
+        for request, segment, first in self.transfer.ask_maps(record):
+            self._send(ms.MapAsk(*self._header, request, segment, first))
+            self._repeat(now)
 
     def _advance_pages(self, now: float) -> None:
         if self.session is None or not self._manifest_current or not self._maps_complete:
             return
         sweep = not self.paused and not self.held and self._sweep_after is None and self._wants_pages
-        if sweep and not self._find_token and not self._swept and self.order.hungry:
-            self._find()
-        flying = self.order.flying
-        for request, wanted in self.order.take(sweep=sweep):
+        look = self.transfer.look(self.record) if sweep and self.record is not None else None
+        if look is not None:
+            self.transfer.find_token = self._next()
+            self._do(ev.FindMissing(self.transfer.find_token, *look))
+        flying = self.transfer.order.flying
+        for request, wanted in self.transfer.order.take(sweep=sweep):
             if not flying:
                 self._progress_at = now
                 flying = 1
@@ -700,35 +649,11 @@ class TargetMachine(Machine):
             return self._announce is not None and self._announce.pages
         return self.state is State.PULLING or (self.state is State.GRANTED and self.returning)
 
-    def _find(self) -> None:
-        """Look for the next missing pages; at the end of a pass that found something, from the start again."""
-        record = self.record
-        assert record is not None
-        index, page = self._sweep_at
-        if index >= len(record.segments):
-            if not self.order.sweep_idle:
-                return
-            if not self._found:
-                self._swept = True
-                return
-            index, page = 0, 0
-            self._sweep_at, self._found = (0, 0), False
-        self._find_token = self._next()
-        self._do(ev.FindMissing(self._find_token, record.segments[-1 - index].uuid, page))
-
-    def _missing(self, event: ev.MissingPages) -> None:
-        self._find_token = 0
-        index, _ = self._sweep_at
-        self._sweep_at = (index + 1, 0) if event.next_page is None else (index, event.next_page)
-        if event.runs:
-            self._found = True
-            self.order.add(event.segment, event.runs, ms.Priority.SWEEP)
-
     def _round_done(self) -> None:
         announce = self._announce
         if announce is None or self.session is None or not self._manifest_current or not self._maps_complete:
             return
-        if (self._swept or not announce.pages) and self._done_sent != announce.round:
+        if (self.transfer.swept or not announce.pages) and self._done_sent != announce.round:
             self._done_sent = announce.round
             self._send(ms.RoundDone(*self._header, announce.round))
 
@@ -746,7 +671,7 @@ class TargetMachine(Machine):
     def _back_to_pulling(self, now: float) -> None:
         """What was read back was damaged, or not readable: what is missing is pulled (again), then verified again."""
         self.state = State.PULLING
-        self._restart_sweep()
+        self.transfer.restart()
         self._sweep_after = now + limits.REPEAT_S
 
     def _compare(self) -> None:

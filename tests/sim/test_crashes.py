@@ -150,7 +150,7 @@ def test_demand_overtakes_the_sweep() -> None:
     world = begin(REAL, Mode.POSTCOPY, 3)
     world.until(lambda: target(world) is TargetState.PULLING)
     machine = world.machine(world.b, TargetMachine)
-    machine.order.window = 0
+    machine.transfer.order.window = 0
     world.until(lambda: not world.b.pending and not world.wire["A"] and not world.lanes["B"])
     remote = [
         (uuid, page) for uuid, layer in world.b.cache.layers.items() for page, value in layer.pages.items() if value < 0
@@ -160,5 +160,5 @@ def test_demand_overtakes_the_sweep() -> None:
     world.drive(world.b, machine, ev.Demand(uuid, ms.Run(page, 1)))
     asked = [message for message in world.wire["A"] if isinstance(message, ms.Pull)]
     assert [(m.segment, m.runs, m.priority) for m in asked] == [(uuid, (ms.Run(page, 1),), ms.Priority.DEMAND)]
-    machine.order.window = 4096
+    machine.transfer.order.window = 4096
     finish(world, world.b, 2)
