@@ -23,6 +23,7 @@ from typing import TypeVar, cast
 
 import trio
 
+from silofs import failpoints
 from silofs.engine.reads import Reads
 from silofs.engine.threads import Threads
 from silofs.engine.volume import VolumeState, again
@@ -271,10 +272,14 @@ class Commits:
             grown = cut.grown
             await self._threads.wait(self._store.submit(lambda txn: grow(txn, grown)))
             cut.grown = {}
+            failpoints.hit("commit.grown")
+        failpoints.hit("commit.before")
         result: CommitResult[T | None] = CommitResult({}, {})
         if cut.pendings or fn is not None:
             result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, _then(cut, fn)))
+        failpoints.hit("commit.durable")
         self._publish(cut, result, fn is not None)
+        failpoints.hit("commit.published")
         return result.value
 
     def _publish(self, cut: Cut, result: CommitResult[T | None], changed: bool) -> None:
@@ -296,6 +301,7 @@ class Commits:
             else:
                 volume.damaged(damage)
             volume.landed()
+        failpoints.hit("commit.before_release")
         self._log.release(cut.mark)
         self._cut = None
         self.failed = None

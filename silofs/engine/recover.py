@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from silofs import failpoints
 from silofs.blocks import PAGE_SHIFT
 from silofs.engine.commits import grow
 from silofs.layers.commit import CommitResult
@@ -60,10 +61,12 @@ def recover(store: Store, write_log: WriteLog) -> Recovered:
         found.applied += 1
     if sizes:
         store.write(lambda txn: grow(txn, sizes))
+    failpoints.hit("recover.before_commit")
     if any(pendings.values()):
         result: CommitResult[None] = store.commit(list(pendings.values()), write_log.ring, None).result()
         for uuid, damage in result.failed.items():
             log.error("writes to volume %s could not be applied: %s", volumes[uuid].name, damage)
+    failpoints.hit("recover.after_commit")
     write_log.release(write_log.mark())
     write_log.raise_lsn(floor + 1)
     return found
