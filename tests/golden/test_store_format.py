@@ -1,0 +1,155 @@
+"""The format does not change by accident: the worked example of docs/format.md, and a store of every released version.
+
+`python -m tests.golden.test_store_format` prints the example, for the page; `... sample` makes the sample anew, which
+only a new format version may do.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from silofs.blocks import LEAF_PAGES, PAGE
+from silofs.layers import catalog, leaves, schema
+from silofs.layers.catalog import Layer, Ownership, Role, Value, Volume
+from silofs.limits import GIB
+from tests.storerig import Rig, read_layer
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = Path(__file__).parent
+UUID = bytes(range(16))
+
+
+def dump(title: str, key: bytes, value: bytes, shown: int = 1 << 20) -> Iterator[str]:
+    yield f"{title}: key {key.hex()}, {len(value)} bytes"
+    for at in range(0, min(len(value), shown), 16):
+        yield f"  {at:04x}  {value[at : at + 16].hex(' ')}"
+    if len(value) > shown:
+        yield "  ...."
+
+
+def worked_example() -> str:
+    """Volume "vm1" of 1 GiB with layer 1 as head: pages 0 to 30 written, then page 40, then pages 2 and 3 discarded."""
+    lines: list[str] = []
+    pages = [bytes([number + 1]) * PAGE for number in range(31)]
+    lone = bytes(range(256)) * 16
+    first, second = schema.KEY.pack(1), schema.KEY.pack(2)
+    header = schema.object_header(1, [schema.page_sum(page, 1, slot) for slot, page in enumerate(pages)])
+    lines += dump("object 1, its header", first, header, 64)
+    lines += dump("name 1", first, schema.object_name(first, 1, range(31)), 64)
+    lines += dump("name 2, of a lone page", second, schema.lone_name(second, 2, 1, 40, lone))
+
+    refs = leaves.HOLES.copy()
+    refs[:31] = schema.ref(schema.DATA, 1) + np.arange(31) * schema.SLOT_STEP
+    refs[40] = schema.ref(schema.LONE, 2)
+    refs[2:4] = schema.HOLE
+    place = schema.leaf_key(1, 0)
+    leaf = schema.seal_record(schema.LEAF, place, leaves.encode(refs))
+    lines += dump("leaf 0 of layer 1", place, leaf)
+    sums = np.zeros(schema.SUM_LEAVES, "<u4")
+    sums[0] = schema.short_sum(leaf)
+    lines += dump("leaf sums 0 of layer 1", place, schema.seal_record(schema.LEAF_SUM, place, sums.tobytes()), 32)
+    bitmap = bytes([1]) + bytes(schema.CHUNK_BYTES - 1)
+    presence = schema.seal_record(schema.PRESENCE, place, bitmap)
+    lines += dump("presence 0 of layer 1", place, presence, 32)
+    live = np.zeros(schema.LIVE_OBJECTS, "<u4")
+    live[1] = schema.FULL_MASK & ~0b1100
+    group = schema.KEY.pack(0)
+    lines += dump("live bitmaps 0", group, schema.seal_record(schema.LIVE, group, live.tobytes()), 32)
+
+    chunks = schema.short_sum(presence).to_bytes(4, "little")
+    layer = Layer(1, 0, GIB, GIB, leaves=1, chunks=chunks, own_pages=30, mapped=GIB // PAGE)
+    volume = Volume(UUID, "vm1", 1, GIB, 2, 10**18, 10**18, 0, 0, 0o600, applied_lsn=7, data_pages=30)
+    owner = Ownership(UUID, Role.OWNER, 1, changed_ns=10**18)
+    lines += dump("layer 1", first, catalog.encode(schema.LAYER, first, layer))
+    lines += dump("volume", UUID, catalog.encode(schema.VOLUME, UUID, volume))
+    lines += dump("volume_name", b"vm1", catalog.encode(schema.VOLUME_NAME, b"vm1", Value(UUID)))
+    lines += dump("ownership", UUID, catalog.encode(schema.OWNERSHIP, UUID, owner))
+    return "\n".join(lines)
+
+
+def test_worked_example_is_in_the_docs() -> None:
+    assert f"```\n{worked_example()}\n```" in (ROOT / "docs" / "format.md").read_text()
+
+
+def test_every_table_and_field_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "format.md").read_text()
+    for table in schema.TABLES:
+        assert f"`{table.name}`" in page, table.name
+    for record in (Volume, Layer, catalog.Snapshot, Ownership, catalog.Pin, catalog.State):
+        fields = ", ".join(f"{name}" for name in record.__struct_fields__)
+        assert f"`{record.__name__}`: {fields}" in page, record.__name__
+
+
+def stamped(page: int, seed: int = 0) -> bytes:
+    """A page that says which it is, and packs well."""
+    return (page << 8 | seed | 1 << 32).to_bytes(8, "little") * (PAGE // 8)
+
+
+def fill_sample(rig: Rig) -> None:
+    """Something of everything, small: the same in every version."""
+
+    def put(uuid: bytes, pages: Iterable[int], seed: int = 0) -> None:
+        for page in pages:
+            rig.write(uuid, page * PAGE, stamped(page, seed))
+        rig.commit()
+
+    vm = rig.store.write(lambda txn: txn.create_volume("vm", 3 * LEAF_PAGES * PAGE, uuid=UUID)).uuid
+    put(vm, [*range(40), LEAF_PAGES, 3 * LEAF_PAGES - 1])
+    layer = rig.store.write(lambda txn: txn.take_snapshot(vm, "first").layer)
+    put(vm, [1, 2], 1)
+    rig.zero(vm, 5, 8)
+    rig.commit()
+    rig.store.write(lambda txn: txn.resize(vm, 2 * LEAF_PAGES * PAGE + 100))
+    other = rig.store.write(lambda txn: txn.clone(layer, "clone", size=GIB)).uuid
+    put(other, range(0, 100, 7), 2)
+    rig.store.write(lambda txn: txn.put_value("peer", "hostB", b"{}"))
+
+
+def sample_pages() -> dict[str, dict[int, bytes]]:
+    first = {page: stamped(page) for page in [*range(40), LEAF_PAGES, 3 * LEAF_PAGES - 1]}
+    vm = {page: data for page, data in first.items() if page not in (5, 6, 7) and page < 2 * LEAF_PAGES}
+    vm |= {page: stamped(page, 1) for page in (1, 2)}
+    return {"vm": vm, "first": first, "clone": first | {page: stamped(page, 2) for page in range(0, 100, 7)}}
+
+
+def test_samples_of_released_versions_open(tmp_path: Path) -> None:
+    samples = sorted(SAMPLES.glob("store-v*.tar.xz"))
+    assert samples[-1].name == f"store-v{schema.FORMAT_VERSION}.tar.xz"
+    for sample in samples:
+        with tarfile.open(sample) as archive:
+            archive.extractall(tmp_path, filter="data")
+        rig = Rig(tmp_path / "store")
+        assert rig.findings() == []
+        with rig.store.reader() as txn:
+            snapshot = txn.find_snapshot(UUID, "first")
+            shown = {"first": (snapshot.layer, snapshot.size)}
+            shown |= {volume.name: (volume.head, volume.size) for volume in txn.volumes()}
+            for name, pages in sample_pages().items():
+                data = read_layer(txn, shown[name][0], min(shown[name][1], 4 * LEAF_PAGES * PAGE))
+                found = {at: data[at * PAGE : (at + 1) * PAGE] for at in range(len(data) // PAGE)}
+                assert {at: page for at, page in found.items() if page != bytes(PAGE)} == pages, name
+            assert txn.volume(UUID).size == 2 * LEAF_PAGES * PAGE + 100
+            assert txn.values("peer") == {"hostB": b"{}"}
+        rig.put(UUID, range(10), seed=3)
+        assert rig.findings() == []
+        rig.close()
+        shutil.rmtree(tmp_path / "store")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["sample"]:
+        made = Path("store")
+        fill_sample(rig := Rig(made))
+        rig.close()
+        (made / "data" / "lock.mdb").unlink()
+        with tarfile.open(SAMPLES / f"store-v{schema.FORMAT_VERSION}.tar.xz", "w:xz") as archive:
+            archive.add(made)
+        shutil.rmtree(made)
+    else:
+        print(worked_example())
