@@ -263,8 +263,9 @@ class Commit(Action, frozen=True):
     volume (its name visible, not writable); an OWNER one puts a head on each of `record.heads`, takes size and
     snapshots from `record`, and renames to `name.N` where the name was taken meanwhile; NONE from INCOMING deletes the
     volume's name.
-    `rewrite`: an earlier commit of this may or may not be on disk: reopen the store first, write whatever it shows.
-    Before `Committed` the shell sets the engine's gate of each volume to its role; after a failure it leaves it shut.
+    `rewrite`: an earlier commit of this may or may not be on disk: reopen the store first (unless it was opened since),
+    then write this, whatever the store shows. Before `Committed` the shell sets the engine's gate of each volume to its
+    role (a frozen one stays frozen as OWNER); after a failure it leaves the gates as they are.
     """
 
     token: int
@@ -419,6 +420,10 @@ class Verify(Action, frozen=True):
 
 
 class StartReturn(Action, frozen=True):
-    """Start a RETURN of these volumes to the peer: a SourceMachine with returning=True and origin=this migration."""
+    """Start a RETURN of these volumes to the peer: `SourceMachine.start(..., origin=this migration)`, switch-over NOW.
+
+    Then `ReturnStarted` to this machine; `ReturnEnded` if it could not start (a writer here, a clone that still needs
+    remote pages) and whenever it finishes CANCELLED or FAILED. After a restart with both: `ReturnStarted` again.
+    """
 
     volumes: tuple[VolumeEpoch, ...]

@@ -3,6 +3,8 @@
 Everything before CEDING can be undone by leaving the volumes as they are; nothing after it can be undone here at all.
 What the target asks for (maps, pages, digests) is answered without state, from the durable manifest. The machine at
 the old home of a RETURN is the same one, `returning`, run by the node that the volumes had gone to.
+
+Longer than other modules because it is one table: a state must be seen with all its events.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from msgspec.structs import replace
 
 from silofs import limits
 from silofs.blocks import PAGE
-from silofs.errors import Busy, ProtocolError, UserError
+from silofs.errors import ProtocolError
+from silofs.migrate import admission, plan, states
 from silofs.migrate import events as ev
 from silofs.migrate import messages as ms
-from silofs.migrate import plan, states
 from silofs.migrate.machine import Machine, by_uuid
 from silofs.migrate.states import MigrationRecord, Options, Ownership, Phase, Role, Side, Switchover
 
@@ -101,21 +103,9 @@ class SourceMachine(Machine):
 
         Busy or UserError (usage) if it may not start; nothing was changed then. Ask `machine.blocked` before.
         """
-        returning = bool(origin)
-        for record in ownership:
-            if record.role is not Role.OWNER:
-                raise UserError("a volume of the group is not owned by this host")
-            if record.migration != origin or (returning and record.peer != peer):
-                raise Busy("a volume of the group is in another migration already")
-        if remote_pages and not returning:
-            raise Busy("a volume of the group has not arrived completely yet", hint="wait, or cancel that migration")
-        if writers and options.switchover is Switchover.AUTO:
-            raise UserError(
-                "the volume is open for writing, and ownership cannot follow the writer here",
-                hint="--switchover manual, or now with --fence-writer",
-            )
-        if writers and options.switchover is Switchover.NOW and not options.fence_writer:
-            raise Busy("the volume is open for writing", hint="close it, or --fence-writer cuts the writer off")
+        admission.may_start(
+            ownership, peer, options, writers=writers, remote_pages=remote_pages, origin=origin
+        )
         volumes = tuple(ms.VolumeEpoch(record.uuid, record.epoch + 1) for record in ownership)
         record_ = MigrationRecord(
             id=migration,
@@ -125,12 +115,12 @@ class SourceMachine(Machine):
             volumes=volumes,
             options=options,
             offered=offered,
-            returning=returning,
+            returning=bool(origin),
             origin=origin,
         )
         machine = cls(record_, by_uuid(ownership, volumes))
         machine.writers = writers
-        if not returning:
+        if not origin:
             machine.ownership = {
                 uuid: states.joined(record, migration, peer) for uuid, record in machine.ownership.items()
             }

@@ -149,7 +149,7 @@ def ceded(record: Ownership, expected: bytes, migration: bytes, peer: bytes, las
 
 
 def may_accept(record: Ownership, peer: bytes, epoch: int, *, returning: bool) -> bool:
-    """Whether a GRANT at `epoch` from `peer` makes this node the owner (HANDOVER step 7, and RETURN)."""
+    """Whether a GRANT at `epoch` from `peer` makes this node the owner (docs/protocol.md, Records)."""
     if record.epoch >= epoch:
         return False
     if record.role in (Role.NONE, Role.RETIRED):

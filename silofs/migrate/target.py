@@ -3,6 +3,8 @@
 It drives every transfer: it asks for maps, then pages, because only it knows what it durably holds. Each call ends in
 `_advance`, which does whatever the state now allows; so a restart, a reconnection and a repeated message need no path
 of their own. One commit is in flight at a time: `record` is what was last confirmed; the next is made from it.
+
+Longer than other modules because it is one table: a state must be seen with all its events.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from msgspec.structs import replace
 
 from silofs import limits
 from silofs.errors import ProtocolError
+from silofs.migrate import admission, plan, states
 from silofs.migrate import events as ev
 from silofs.migrate import messages as ms
-from silofs.migrate import plan, states
 from silofs.migrate.machine import Machine, by_uuid
 from silofs.migrate.states import MigrationRecord, Options, Ownership, Phase, Role, Side
 from silofs.migrate.transfer import Transfer
@@ -237,15 +239,13 @@ class TargetMachine(Machine):
         self._advance(now)
 
     def _offered(self, message: ms.Offer, now: float) -> None:
-        if {offered.uuid for offered in message.offered} != {volume.uuid for volume in self.volumes}:
-            raise ProtocolError("an OFFER describes other volumes than it names")
+        refusal = admission.offer_refusal(self.ownership, self.peer, message)
         if self.state is State.INCOMING and not self._cancel_wanted:
             assert self.record is not None
             self._send(ms.Ready(*self._header, self.record.bases))
             return
         if self.state is not State.NEW:
             return  # under way, or (a late duplicate) long past
-        refusal = self._refusal(message)
         if refusal is not None:
             self._refuse(refusal, "the destination's record of the volume does not allow it")
             return
@@ -254,23 +254,6 @@ class TargetMachine(Machine):
         self.state = State.CHECKING
         self._wait = self._next()
         self._do(ev.CheckOffer(self._wait, message.offered, self.volumes, self.peer, message.returning, False))
-
-    def _refusal(self, message: ms.Offer) -> ms.Refusal | None:
-        """Why the ownership records do not allow this OFFER (docs/protocol.md, Records)."""
-        for volume in self.volumes:
-            record = self.ownership[volume.uuid]
-            if message.returning:
-                if record.role is not Role.CEDED or record.peer != self.peer or record.migration != message.origin:
-                    return ms.Refusal.ROLE
-                if volume.epoch != record.epoch + 1:
-                    return ms.Refusal.EPOCH
-            elif record.role not in (Role.NONE, Role.RETIRED, Role.INCOMING):
-                return ms.Refusal.ROLE
-            elif record.epoch >= volume.epoch:
-                return ms.Refusal.EPOCH
-            elif record.role is Role.INCOMING and record.peer != self.peer and volume.epoch <= record.offered_epoch:
-                return ms.Refusal.BUSY
-        return None
 
     def _refuse(self, reason: ms.Refusal, detail: str) -> None:
         if self.session is not None:
@@ -286,15 +269,7 @@ class TargetMachine(Machine):
         self._done_sent = None
 
     def _granted(self, message: ms.Grant) -> None:
-        plan.check_manifest(self.volumes, message.bases, message.segments)
-        tips = plan.tips((volume.uuid for volume in self.volumes), message.bases, message.segments)
-        if {head.volume: head.base for head in message.heads} != tips:
-            raise ProtocolError("a GRANT whose final layers are not its newest ones")
-        segments = {segment.uuid: segment for segment in message.segments}
-        for part in message.maps:
-            if part.segment not in segments:
-                raise ProtocolError("a GRANT with the map of a layer that it does not name")
-            plan.map_after(segments.pop(part.segment), part.first, part)
+        admission.check_grant(message)
         if self.state in OWNS:
             self._send(ms.Ack(*self._header))
             return

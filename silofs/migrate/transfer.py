@@ -107,9 +107,6 @@ class Transfer:
                 return None
             index, page = self._at = (0, 0)
             self._found = False
-        if not record.segments:
-            self.swept = True
-            return None
         return record.segments[-1 - index].uuid, page
 
     def missing(self, segment: bytes, runs: tuple[ms.Run, ...], next_page: int | None) -> None:

@@ -1,4 +1,4 @@
-"""FAULTS rows 1-9: a crash of either side, or both, in every pair of phases, by SIGKILL and by power cut.
+"""A crash of either side, or both, in every pair of phases, by SIGKILL and by power cut.
 
 P1 offer/ready, P2 pre-copy, P3 frozen, P4 ceded and not granted, P5 pulling, P6 complete and not acknowledged.
 """
@@ -80,7 +80,7 @@ def test_both_crash_at_once_and_one_stays_away(at: str, power: bool) -> None:
 
 @pytest.mark.parametrize("at", PHASES)
 def test_a_partition_in_every_phase(at: str) -> None:
-    """FAULTS row 10, 11, 14: both sides notice, or only one does for a long time."""
+    """Both sides notice, or only one does for a long time."""
     for silent in (None, "A", "B"):
         world = begin(REAL, seed=2)
         until(world, PHASES[at])

@@ -1,4 +1,4 @@
-"""Blocks: what goes in comes out, and what a hostile peer sends is refused before it costs memory (FAULTS 19)."""
+"""Blocks: what goes in comes out, and what a hostile peer sends is refused before it costs memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames from a broken or hostile peer: nothing but a ProtocolError, and nothing allocated before (FAULTS 17)."""
+"""Frames from a broken or hostile peer: nothing but a ProtocolError, and nothing allocated before."""
 
 from __future__ import annotations
 
