@@ -221,7 +221,7 @@ class Commits:
             try:
                 value = await self._land(self._cut, fn)
             except Exception:
-                if fn is None:
+                if fn is None or self._cut is None:
                     raise
                 # `fn` took the writes down with it. They are not its hostages.
                 await self._land(self._cut, None)
@@ -288,9 +288,9 @@ class Commits:
         for volume in cut.volumes:
             committed = result.volumes.get(volume.uuid)
             if committed is not None:
-                reads.publish(volume, committed.leaves)
                 for first, end in committed.stale:
                     reads.forget_leaves(volume, first, end)
+                reads.publish(volume, committed.leaves)
                 if committed.record is not None:
                     volume.record = committed.record
         reads.renew()
@@ -314,11 +314,14 @@ class Commits:
         """After an error of LMDB's: once. On a second one the store stays read-only until the daemon is restarted."""
         if not self._store.broken or self.reopened:
             return
-        self.reopened = True
         try:
-            self._reads.reopen()
+            self.reopened = self._reads.reopen()
         except StoreBroken as error:
+            self.reopened = True
             log.critical("the store is read-only from here on: %s", error)
+        else:
+            # What the failed transaction wanted may have been done after all, a cede among it.
+            self.refresh(())
 
     def statistics(self) -> dict[str, object]:
         return {

@@ -13,7 +13,7 @@ from silofs.engine.gather import Gatherer, Wanted
 from silofs.engine.remote import Fetches
 from silofs.engine.threads import Threads
 from silofs.engine.volume import KEY_SHIFT, Gate, VolumeState
-from silofs.errors import Damaged, FetchTimeout, NoSuchVolume, NotOwner, ObjectMissing, PeerError
+from silofs.errors import Damaged, FetchTimeout, NoSuchVolume, NotOwner, ObjectMissing, PeerError, StoreBroken
 from silofs.layers.pending import Buffer
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import DATA, KIND_MASK, LONE, Refs
@@ -191,15 +191,28 @@ class Reads(Gatherer):
     def forget(self, volume: VolumeState) -> None:
         self.forget_leaves(volume, 0, 1 << KEY_SHIFT)
 
-    def reopen(self) -> None:
-        """Let the store open its file anew, after LMDB failed. Raises StoreBroken; then nothing stored can be read."""
+    def reopen(self) -> bool:
+        """Let the store open its file anew, after LMDB failed. False: others are reading, so not now.
+
+        Raises StoreBroken when it cannot be opened any more; then nothing stored can be read.
+        """
         self.close()
         self.leaves.clear()
         self._resolving.spoil_all()
         self._generation += 1
-        self._store.reopen()
-        self.txn = self._store.reader()
+        done = True
+        try:
+            self._store.reopen()
+        except StoreBroken as error:
+            try:
+                self.txn = self._store.reader()
+            except Exception:
+                raise error from None
+            done = False
+        else:
+            self.txn = self._store.reader()
         self.warm.look_into(self.txn)
+        return done
 
     def age(self) -> None:
         self.warm.age()

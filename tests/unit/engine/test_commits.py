@@ -13,8 +13,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from silofs.blocks import PAGE
-from silofs.engine import Engine
-from silofs.errors import BadSize, Exists, SiloError, StoreBroken, StoreError, StoreFull
+from silofs.engine import Engine, Gate
+from silofs.errors import BadSize, Exists, NotOwner, SiloError, StoreBroken, StoreError, StoreFull
+from silofs.layers.catalog import Role
 from silofs.limits import COMMIT_AGE_S, COMMIT_LEAVES, COMMIT_RETRY_S
 
 from .rig import MIB, Inline, Rig, outcome, page, read, write
@@ -350,7 +351,12 @@ async def test_a_store_that_lmdb_failed_is_opened_anew_once(
         assert await read(engine, volume, 0, PAGE) == page(1)
         await write(engine, volume, 0, page(2))
         rig.store._writer.broken = StoreBroken("EIO")
-        assert isinstance(await outcome(engine.flush(volume)), StoreBroken)
+        with rig.store.reader():  # somebody reads: it has to wait
+            assert isinstance(await outcome(engine.flush(volume)), StoreBroken)
+            await trio.sleep(3 * COMMIT_RETRY_S)
+            assert rig.store.broken
+            assert await read(engine, volume, 0, PAGE) == page(2)
+            assert stored(engine, volume.uuid, 0) == page(1)
         await trio.sleep(2 * COMMIT_RETRY_S)
         assert not rig.store.broken
         assert stored(engine, volume.uuid, 0) == page(2)
@@ -364,6 +370,30 @@ async def test_a_store_that_lmdb_failed_is_opened_anew_once(
         assert await read(engine, volume, 0, PAGE) == page(3)
     async with rig.running() as engine:
         assert stored(engine, volume.uuid, 0) == page(3)
+
+
+async def test_a_cede_whose_outcome_was_not_known_holds_if_it_was_done(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        commit = rig.store.commit
+
+        def done_but_failed(*arguments: Any) -> Future[Any]:
+            rig.store.commit = commit  # type: ignore[method-assign]
+            commit(*arguments).result()
+            rig.store._writer.broken = StoreBroken("EIO")
+            return rig.store.submit(lambda txn: None)
+
+        rig.store.commit = done_but_failed  # type: ignore[method-assign]
+        engine.freeze(volume.uuid)
+        assert isinstance(await outcome(rig.set_role(volume, Role.CEDED, 2)), StoreBroken)
+        assert volume.gate is Gate.FROZEN
+        await trio.sleep(2 * COMMIT_RETRY_S)
+        assert volume.gate is Gate.RELEASED
+        engine.thaw(volume.uuid)
+        assert isinstance(await outcome(engine.write(volume, 0, page(2))), NotOwner)
+        assert stored(engine, volume.uuid, 0) == page(1)
+        assert engine.log.used == 0
 
 
 async def test_statistics_are_plain_values(rig: Rig, autojump_clock: MockClock) -> None:
