@@ -163,7 +163,7 @@ class Daemon:
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
             nursery.start_soon(self._signals)
-            self._session.attach(fuse)
+            self._session.attach(fuse, can_resend="resend" in self._capabilities)
             self._state = "serving"
             self._holder.send("serving")
             with self._serving:

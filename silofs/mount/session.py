@@ -12,6 +12,7 @@ which costs more than serving one; `_Polled` asks the descriptor first. And ever
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import select
 import sys
@@ -21,6 +22,9 @@ import pyfuse3
 import trio
 
 from silofs import limits
+from silofs.mount import kernel
+
+log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0002  # CPython's 5 ms would let one busy thread stretch a 3 us look-up to 200 us
 
@@ -45,6 +49,7 @@ class Session:
         self._fd = session_fd
         self._options = options
         self._draining = False
+        self._can_resend = False
 
     async def initialise(self) -> None:
         """Phase one: answer the INIT request that is in the socket."""
@@ -62,8 +67,9 @@ class Session:
                 trio.lowlevel.notify_closing(self._fd)
                 await trio.lowlevel.checkpoint()
 
-    def attach(self, fuse: int) -> None:
-        """Put the mount's descriptor in the place of the socket; `fuse` is closed."""
+    def attach(self, fuse: int, *, can_resend: bool) -> None:
+        """Put the mount's descriptor in the place of the socket; `fuse` is closed. can_resend: the kernel does."""
+        self._can_resend = can_resend
         os.dup2(fuse, self._fd, inheritable=False)
         os.close(fuse)
         os.set_blocking(self._fd, False)
@@ -77,7 +83,17 @@ class Session:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()  # what the imports left behind need not be walked again
-        await pyfuse3.main(min_tasks=1, max_tasks=limits.FUSE_MAX_TASKS)
+        ended = False
+        while not ended:
+            try:
+                await pyfuse3.main(min_tasks=1, max_tasks=limits.FUSE_MAX_TASKS)
+                ended = True
+            except* BlockingIOError:
+                # A process was killed between our poll and libfuse's read, and its request withdrawn. pyfuse3 ends all
+                # its tasks over that; what they had read and not answered comes once more.
+                log.info("a request was withdrawn while it was read")
+                if self._can_resend:
+                    kernel.resend(self._fd)
         return not self._draining
 
     def drain(self) -> None:

@@ -1,5 +1,5 @@
 """The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`,
-and `refuse-new`, which those have seen that started after it was made."""
+`withdrawn` (once), and `refuse-new`, which those have seen that started after it was made."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ NEW = (STORE / "refuse-new").exists()
 from silofs import daemon  # noqa: E402
 from silofs.errors import BadFormat  # noqa: E402
 from silofs.layers.store import Store  # noqa: E402
+from silofs.mount import session  # noqa: E402
 from silofs.mount.fuse import Adapter  # noqa: E402
 
 
@@ -29,7 +30,20 @@ class PickyStore(Store):
         return super().open(path, **rest)  # type: ignore[arg-type]
 
 
+class HastyWait(session._Polled):
+    """Says once that there is a request when there is none: as if its sender had been killed at that moment."""
+
+    __slots__ = ()
+
+    async def wait(self) -> bool:
+        if (STORE / "withdrawn").exists() and not self._poll(0):
+            (STORE / "withdrawn").unlink()
+            return True
+        return await super().wait()
+
+
 if __name__ == "__main__":
+    session._Polled = HastyWait  # type: ignore[misc]
     daemon.Store = PickyStore  # type: ignore[misc]
     if (STORE / "dialect").exists():
         Adapter.enable_writeback_cache = True

@@ -217,6 +217,22 @@ def test_a_daemon_of_another_dialect_is_not_used(odd: Mount) -> None:
         writer.progress()
 
 
+def test_a_request_that_is_withdrawn_while_it_is_read_costs_nothing(odd: Mount) -> None:
+    pid = odd.status()["daemon_pid"]
+    with writing(odd.create("vm1", 1 << 20)) as writer, writing(odd.create("vm2", 1 << 20)) as other:
+        writer.progress()
+
+        def happened() -> bool:
+            (odd.store / "withdrawn").touch()  # again and again: a request may come after all
+            return "was withdrawn" in odd.log()
+
+        wait(happened, "a withdrawn request")
+        (odd.store / "withdrawn").unlink(missing_ok=True)
+        writer.progress()
+        other.progress()
+    assert odd.status()["daemon_pid"] == pid
+
+
 def test_a_dead_holder_leaves_the_daemon_serving(mount: Mount) -> None:
     image = mount.create("vm1", 1 << 20)
     with writing(image) as writer:
