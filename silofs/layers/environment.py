@@ -15,7 +15,7 @@ import lmdb
 from lmdb import verify
 
 from silofs.blocks import PAGE
-from silofs.errors import BadFormat, NoStore
+from silofs.errors import BadFormat, NoStore, StoreBroken
 from silofs.layers.schema import ENGINE_MAJOR, TABLES, Table
 from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS
 
@@ -56,7 +56,13 @@ class Environment:
             raise BadFormat(f"{self.data_file} is not a whole store: {error}") from error
 
     def begin(self, *, write: bool = False) -> lmdb.Transaction[memoryview]:
-        return self.lmdb.begin(write=write, buffers=True)
+        """A transaction whose values are views. StoreBroken when not even a reader can begin, as after some errors."""
+        if write:
+            return self.lmdb.begin(write=True, buffers=True)
+        try:
+            return self.lmdb.begin(buffers=True)
+        except lmdb.Error as error:
+            raise StoreBroken(f"the store cannot be read: {error}") from error
 
     def grow(self) -> bool:
         """Double the map. Only while no transaction is open; False at the limit."""

@@ -233,6 +233,8 @@ class Store:
             check_file(data / DATA_FILE)
             _look(data)
             self._environment = Environment(data)
+            with ReadTxn(self._environment) as txn:
+                verify_catalog(txn)
             self._start_writer()  # commits once
             self.write(lambda txn: txn.count(opens=txn.state.opens))
         except (lmdb.Error, OSError) as error:
