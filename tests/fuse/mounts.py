@@ -81,7 +81,7 @@ class Mount:
         command = launcher.command(
             self.store, self.path, options=self._options, listen=self._listen, daemon=self._daemon
         )
-        # Compiled modules halve the time that a daemon takes to start, also where the environment says not to keep them.
+        # Compiled modules halve the start of a daemon, also where the environment says not to keep them.
         environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "", **self._env}
         with _environment(environment):
             self.holder_pid = launcher.start(command, self.store)
