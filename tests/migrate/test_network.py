@@ -108,13 +108,14 @@ def test_a_silent_partition_ends_the_session_and_nothing_else(tmp_path: Path) ->
 
 @pytest.mark.crash
 def test_a_peer_that_hangs_in_the_switch_over_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Nothing of the test has a file open at B while it hangs: a fork would wait in closing it."""
     with (
         Mount(tmp_path / "a", listen=True) as a,
         Mount(tmp_path / "b", listen=True, environment=stopping(tmp_path / "b", "own.before_commit")) as b,
     ):
         there = a.pair(b)
         hanging = int(b.status()["daemon_pid"])
-        writer = Writer([a.image("vm1"), b.image("vm1")], 1024, pause=0.002)
+        writer = Writer([a.image("vm1")], 1024, pause=0.002)
         a.silofs("create", "vm1", "--size", "16M")
         writer.start()
         until(lambda: writer.acknowledged > 100, "the writer writes")
@@ -127,8 +128,8 @@ def test_a_peer_that_hangs_in_the_switch_over_goes_on_where_it_was(tmp_path: Pat
         finally:
             os.kill(hanging, signal.SIGCONT)
         until(lambda: phase(a, name) == "complete", "complete", timeout=60)
-        until(lambda: writer.stale and writer.acknowledged > writer.stale[0] + 100, "the writer goes on at B")
         writer.stop()
+        assert writer.stale == [writer.acknowledged]
         writer.check(b.image("vm1"))
 
 
