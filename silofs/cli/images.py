@@ -18,7 +18,7 @@ from silofs.cli.output import App
 from silofs.cli.runner import call
 from silofs.cli.sizes import parse_size, parse_target, parse_volume, show_size
 from silofs.cli.verbs import common
-from silofs.errors import Interrupted
+from silofs.errors import Interrupted, UserError
 
 FORMATS = ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc"]
 
@@ -44,6 +44,8 @@ def import_command(app: App, file: str, name: str, size: str | None, claimed: st
         with _ended_cleanly(), contextlib.ExitStack() as stack:
             if file == "-":
                 convert.check_raw(claimed)
+                if sys.stdin is None:
+                    raise UserError("stdin is closed", hint="name an image file, or send one through a pipe")
                 fd = sys.stdin.fileno()
             else:
                 fd = stack.enter_context(

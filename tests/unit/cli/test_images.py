@@ -169,12 +169,51 @@ def test_a_backing_file_is_not_followed_unless_asked(silofs: Silofs, tmp_path: P
     assert silofs.ok("import", overlay, "vm1", "--follow-backing")["allocated"] == 2 * PAGE
 
 
+def test_a_vmdk_whose_content_is_another_file(silofs: Silofs, tmp_path: Path) -> None:
+    """A descriptor is text that names files, and anybody can write one that names any file of this host."""
+    image(tmp_path / "secret", 1 << 20, 1, 2)
+    named = tmp_path / "named.vmdk"
+    named.write_text(
+        "# Disk DescriptorFile\nversion=1\nCID=ffffffff\nparentCID=ffffffff\n"
+        f'createType="monolithicFlat"\n\nRW 2048 FLAT "{tmp_path / "secret"}" 0\n'
+    )
+    assert refused(silofs, named, "vm1") == "bad_image"
+    assert silofs.ok("import", named, "vm1", "--follow-backing")["allocated"] >= 2 * PAGE
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vdi", "vhdx", "vpc"])
+def test_an_image_that_lacks_its_end(silofs: Silofs, tmp_path: Path, kind: str) -> None:
+    """qemu-img reads what is missing as zeros, and for some formats its check finds nothing wrong with that."""
+    source = image(tmp_path / "i", SIZE, *PAGES)
+    whole, cut = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
+    qemu_img("convert", "-f", "raw", "-O", kind, source, whole)
+    silofs.ok("import", whole, "whole", "--format", kind)
+    cut.write_bytes(whole.read_bytes()[:-2000])
+    assert silofs.fails(2, "import", cut, "vm1", "--format", kind)["code"] == "bad_image"
+    nothing_left(silofs, "whole")
+
+
+def test_a_compressed_image_is_whole(silofs: Silofs, tmp_path: Path) -> None:
+    source = image(tmp_path / "i", SIZE, *PAGES)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", source, tmp_path / "i.qcow2")
+    qemu_img("convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", source, tmp_path / "i.vmdk")
+    for kind in ("qcow2", "vmdk"):
+        silofs.ok("import", tmp_path / f"i.{kind}", kind)
+        silofs.ok("export", kind, tmp_path / f"{kind}.out")
+        assert (tmp_path / f"{kind}.out").read_bytes() == source.read_bytes()
+
+
 def test_files_that_cannot_be_images(silofs: Silofs, tmp_path: Path) -> None:
     assert refused(silofs, tmp_path / "nothing", "vm1", code=10) == "not_found"
     assert refused(silofs, tmp_path, "vm1") == "invalid"
     assert refused(silofs, "/dev/null", "vm1") == "invalid"
     (tmp_path / "empty").touch()
     assert refused(silofs, tmp_path / "empty", "vm1") == "bad_image"
+
+
+def test_a_closed_stdin(silofs: Silofs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # so Python has it when a script runs `silofs import - vm1 <&-`
+    assert silofs.fails(2, "import", "-", "vm1")["code"] == "invalid"
 
 
 def test_stdin_is_raw(silofs: Silofs) -> None:
