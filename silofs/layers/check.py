@@ -20,7 +20,7 @@ from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
 from silofs.layers.catalog import Layer, Ownership, Pin, R, Snapshot, State, Value, Volume
 from silofs.layers.catalog_reader import verify_catalog
-from silofs.layers.changes import read_live
+from silofs.layers.objects import read_live
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import CHUNK_SHIFT, LIVE_OBJECTS, LIVE_SHIFT, Refs, Table
 

@@ -1,0 +1,159 @@
+"""Pages of a write transaction: packed into objects, and given up slot by slot.
+
+An object never changes. What of it is in use is a bit for each slot in its group's record; these are kept back and
+brought up to date by `settle`, many objects at a time, which also removes those that nothing uses any more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+
+from silofs.errors import Damaged
+from silofs.layers import schema
+from silofs.layers.environment import Environment
+from silofs.layers.puts import Puts
+from silofs.layers.schema import Buffer, Refs
+
+log = logging.getLogger(__name__)
+
+RELEASED_MAX: Final = 1 << 20  # references whose release may wait in memory
+_LIVE_ROW: Final = np.dtype("<u4")
+
+Masks = npt.NDArray[np.uint32]
+
+
+class ObjectChanges(Puts):
+    """Stores pages and releases them."""
+
+    def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview]) -> None:
+        super().__init__(environment, txn)
+        self._new_objects: dict[int, int] = {}  # id -> live slots
+        self._released: list[Refs] = []
+        self._released_count = 0
+
+    def store_pages(self, layer_id: int, pages: Sequence[int], data: Sequence[Buffer]) -> Refs:
+        """Pack pages (4096 bytes each, numbers ascending) for a layer; their references, in order.
+
+        The caller puts the references into the layer's leaves in this same transaction.
+        """
+        count, at = len(pages), 0
+        refs = np.empty(count, np.uint64)
+        object_id = self._counters.next_object
+        while count - at >= schema.OBJECT_PAGES_MIN:
+            size = min(schema.OBJECT_PAGES, count - at)
+            self._put_object(object_id, layer_id, pages[at : at + size], data[at : at + size])
+            first = schema.ref(schema.DATA, object_id)
+            refs[at : at + size] = np.arange(first, first + size * schema.SLOT_STEP, schema.SLOT_STEP)
+            object_id += 1
+            at += size
+        for index in range(at, count):
+            key = schema.KEY.pack(object_id)
+            page = data[index]
+            self._put(schema.PAGES, key, page[: schema.LONE_BYTES], append=True)
+            self._put(schema.NAME, key, schema.lone_name(key, object_id, layer_id, pages[index], page), append=True)
+            refs[index] = schema.ref(schema.LONE, object_id)
+            object_id += 1
+        assert object_id <= schema.OBJECT_ID_MAX
+        self.count(next_object=object_id)
+        return refs
+
+    def _put_object(self, object_id: int, layer_id: int, pages: Sequence[int], data: Sequence[Buffer]) -> None:
+        key = schema.KEY.pack(object_id)
+        sums = [schema.page_sum(page, object_id, slot) for slot, page in enumerate(data)]
+        parts = [schema.object_header(object_id, sums), *data]
+        if len(data) < schema.OBJECT_PAGES:
+            parts.append(bytes((schema.OBJECT_PAGES - len(data)) << 12))
+        self._put(schema.OBJECT, key, b"".join(parts), append=True)
+        self._put(schema.NAME, key, schema.object_name(key, layer_id, pages), append=True)
+        self._new_objects[object_id] = (1 << len(data)) - 1
+
+    def release(self, refs: Refs) -> None:
+        """Give up what leaf entries of this layer referred to; kinds without pages are ignored."""
+        kinds = schema.kinds(refs)
+        for reference in refs[kinds == schema.LONE].tolist():
+            key = schema.KEY.pack(schema.object_of(reference))
+            if not (self._delete(schema.PAGES, key) & self._delete(schema.NAME, key)):
+                log.error("lone page %d was released and is not whole", schema.object_of(reference))
+        packed = refs[kinds == schema.DATA]
+        if len(packed):
+            self._released.append(packed)
+            self._released_count += len(packed)
+            if self._released_count > RELEASED_MAX:
+                self.settle()
+
+    def settle(self) -> None:
+        """Bring the live bitmaps up to date; remove objects of which nothing is live."""
+        if not self._new_objects and not self._released:
+            return
+        ids, cleared = _masks(self._released)
+        groups = set((ids >> schema.LIVE_SHIFT).tolist())
+        fresh: dict[int, list[tuple[int, int]]] = {}
+        for object_id, mask in self._new_objects.items():
+            fresh.setdefault(object_id >> schema.LIVE_SHIFT, []).append((object_id & (schema.LIVE_OBJECTS - 1), mask))
+        edges = np.searchsorted(ids >> schema.LIVE_SHIFT, sorted(groups | fresh.keys())).tolist() + [len(ids)]
+        for number, group in enumerate(sorted(groups | fresh.keys())):
+            start, end = edges[number], edges[number + 1]
+            self._settle_group(group, fresh.get(group, ()), ids[start:end], cleared[start:end])
+        self._new_objects = {}
+        self._released = []
+        self._released_count = 0
+
+    def _settle_group(
+        self, group: int, fresh: Iterable[tuple[int, int]], ids: Refs, cleared: Masks
+    ) -> None:
+        key = schema.KEY.pack(group)
+        value = self.fetch(schema.LIVE, key)
+        try:
+            row = read_live(key, value)
+        except Damaged as error:
+            log.error("%s; what is released there stays on disk", error)
+            if not fresh:
+                return
+            row = np.zeros(schema.LIVE_OBJECTS, _LIVE_ROW)
+        for at, mask in fresh:
+            row[at] = mask
+        if len(ids):
+            at_rows = (ids & (schema.LIVE_OBJECTS - 1)).astype(np.intp)
+            before = row[at_rows]
+            # An object goes only when its last live slots are given up now. Bits that were not set are damage, and a
+            # leak is better than removing what another leaf still needs.
+            sound = (before & cleared) == cleared
+            if not sound.all():
+                log.error("objects %s: slots were released that are not live", ids[~sound].tolist()[:8])
+            row[at_rows] = np.where(sound, before & ~cleared, before)
+            for object_id in ids[sound & (row[at_rows] == 0)].tolist():
+                object_key = schema.KEY.pack(object_id)
+                self._delete(schema.OBJECT, object_key)
+                self._delete(schema.NAME, object_key)
+        if row.any():
+            self._put(schema.LIVE, key, schema.seal_record(schema.LIVE, key, row.tobytes()))
+        elif value is not None:
+            self._delete(schema.LIVE, key)
+
+
+def read_live(key: bytes, value: Buffer | None) -> Masks:
+    """A copy of a group's 256 bitmaps, zeros when there is no record."""
+    if value is None:
+        return np.zeros(schema.LIVE_OBJECTS, _LIVE_ROW)
+    payload = schema.open_record(schema.LIVE, key, value)
+    if len(payload) != schema.LIVE_OBJECTS * _LIVE_ROW.itemsize:
+        raise Damaged(f"live bitmaps {key.hex()} have a wrong length")
+    return np.frombuffer(payload, _LIVE_ROW).copy()
+
+
+def _masks(released: list[Refs]) -> tuple[Refs, Masks]:
+    """(object ids, ascending; the slots given up of each)."""
+    if not released:
+        return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
+    refs = np.sort(np.concatenate(released))
+    ids = refs >> np.uint64(schema.OBJECT_SHIFT)
+    slots = (refs >> np.uint64(schema.SLOT_SHIFT)) & np.uint64(schema.SLOT_MASK)
+    masks = np.left_shift(np.uint32(1), slots.astype(np.uint32))
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] + 1))
+    return ids[starts], np.bitwise_or.reduceat(masks, starts)

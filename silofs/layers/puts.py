@@ -1,0 +1,73 @@
+"""Keys and catalog records of a write transaction, with the counts and sums that prove them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lmdb
+import msgspec
+
+from silofs.layers import catalog, schema
+from silofs.layers.catalog import Record, State
+from silofs.layers.environment import Environment
+from silofs.layers.reader import ReadTxn
+from silofs.layers.schema import Buffer, Table
+
+
+class Puts(ReadTxn):
+    """A write transaction. Views from it die with its next change: copy what is kept."""
+
+    def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview]) -> None:
+        super().__init__(environment, txn)
+        self.keys_changed = 0  # puts and deletes so far
+        self._counters = super().state
+
+    def renew(self) -> None:
+        raise AssertionError("a write transaction is one function call")
+
+    # Keys
+
+    def _put(self, table: Table, key: bytes, value: Buffer, *, append: bool = False) -> None:
+        self.keys_changed += 1
+        self._txn.put(key, value, append=append, db=self._environment.tables[table])
+
+    def _delete(self, table: Table, key: bytes) -> bool:
+        self.keys_changed += 1
+        return self._txn.delete(key, db=self._environment.tables[table])
+
+    # Catalog records
+
+    @property
+    def state(self) -> State:
+        return self._counters
+
+    def count(self, **changes: Any) -> None:
+        """Change the store's counters."""
+        self._counters = msgspec.structs.replace(self._counters, **changes)
+
+    def _rows(self, table: Table, change: int) -> None:
+        rows = dict(self._counters.rows)
+        rows[table.name] = rows.get(table.name, 0) + change
+        self.count(rows=rows)
+        self._counted.discard(table.name)
+
+    def put_record(self, table: Table, key: bytes, record: Record) -> None:
+        """Store a catalog record, new or in place of its older self."""
+        value = catalog.encode(table, key, record)
+        older = self.fetch(table, key)
+        change = schema.stored_sum(value)
+        if older is None:
+            self._rows(table, 1)
+        else:
+            change ^= schema.stored_sum(older)
+        self.count(catalog=self._counters.catalog ^ change)
+        self._put(table, key, value)
+
+    def delete_record(self, table: Table, key: bytes) -> bool:
+        """Remove a catalog record; False when there was none."""
+        older = self.fetch(table, key)
+        if older is None:
+            return False
+        self.count(catalog=self._counters.catalog ^ schema.stored_sum(older))
+        self._rows(table, -1)
+        return self._delete(table, key)
