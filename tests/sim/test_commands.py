@@ -185,12 +185,11 @@ def test_no_space_for_the_rest_ends_now_and_makes_manual_wait() -> None:
 @pytest.mark.parametrize("where", ["A", "B"])
 def test_cancel_before_the_commit_point_leaves_the_source_as_it_was(at: SourceState, where: str) -> None:
     world = new(Switchover.NOW)
-    world.until(lambda: source(world) is at)
     kind = SourceMachine if where == "A" else TargetMachine
     node = world.a if where == "A" else world.b
-    if world.machine(node, kind) is None:
-        pytest.skip("the destination knows nothing of it yet")
+    world.until(lambda: source(world) is at and world.machine(node, kind) is not None)
     world.drive(node, world.machine(node, kind), ev.OperatorCancel())
+    world.until(world.settled_pair)
     finish(world, world.a, 1)
     assert ended(world).reason is ms.Refusal.CANCELLED
     assert role(world, world.b) is Role.NONE and not world.b.cache.migrations and not world.b.cache.layers.keys() - {
