@@ -8,10 +8,10 @@ takes exactly one overflow page.
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from silofs.blocks import LEAF_PAGES
 from silofs.errors import Damaged
@@ -21,7 +21,7 @@ RUNS: Final = 1
 DENSE: Final = 2
 RUNS_MAX: Final = 172  # 1903 bytes: with key and LMDB's node header still less than half a page
 
-_RUN: Final = Struct("<HHQ")  # the reference's eighth byte is cut off
+_RUN: Final = np.dtype([("first", "<u2"), ("pages", "<u2"), ("ref", "<u8")])  # the last byte is cut off
 _RUN_BYTES: Final = 4 + REF_BYTES
 _DENSE_BYTES: Final = 1 + LEAF_PAGES * REF_BYTES
 _STEP: Final = np.uint64(SLOT_STEP)
@@ -70,14 +70,14 @@ def encode_many(matrix: Refs) -> list[bytes]:
     return payloads
 
 
-def _encode_runs(refs: Refs, starts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> bytes:
-    at = starts.tolist()
-    values = refs[starts].tolist()
-    parts = [b"\x01"]
-    for start, end, value in zip(at, [*at[1:], LEAF_PAGES], values, strict=True):
-        if value:
-            parts.append(_RUN.pack(start, end - start, value)[:_RUN_BYTES])
-    return b"".join(parts)
+def _encode_runs(refs: Refs, starts: npt.NDArray[np.intp]) -> bytes:
+    runs = np.empty(len(starts), _RUN)
+    runs["first"] = starts
+    runs["pages"] = np.diff(starts, append=LEAF_PAGES)
+    runs["ref"] = refs[starts]
+    runs = runs[runs["ref"] != HOLE]
+    packed: bytes = runs.view(np.uint8).reshape(-1, _RUN.itemsize)[:, :_RUN_BYTES].tobytes()
+    return b"\x01" + packed
 
 
 def decode(payload: memoryview) -> Refs:
@@ -86,21 +86,27 @@ def decode(payload: memoryview) -> Refs:
     if encoding == DENSE and len(payload) == _DENSE_BYTES:
         wide = np.zeros((LEAF_PAGES, 8), np.uint8)
         wide[:, :REF_BYTES] = np.frombuffer(payload, np.uint8, offset=1).reshape(LEAF_PAGES, REF_BYTES)
-        refs: Refs = wide.view(np.uint64).reshape(LEAF_PAGES)
-        return refs
+        dense: Refs = wide.view(np.uint64).reshape(LEAF_PAGES)
+        return dense
     if encoding != RUNS or (len(payload) - 1) % _RUN_BYTES:
         raise Damaged("a leaf is of no known encoding")
+    packed = np.frombuffer(payload, np.uint8, offset=1).reshape(-1, _RUN_BYTES)
+    wide = np.zeros((len(packed), _RUN.itemsize), np.uint8)
+    wide[:, :_RUN_BYTES] = packed
+    runs = wide.view(_RUN).reshape(-1)
+    first, values = runs["first"].astype(np.intp), runs["ref"]
+    end = first + runs["pages"]
+    if (
+        (end <= first).any()
+        or (first[1:] < end[:-1]).any()
+        or (end > LEAF_PAGES).any()
+        or (values == HOLE).any()
+        or ((values & _KIND) > LOST).any()
+    ):
+        raise Damaged("a leaf has runs that are no runs")
     refs = HOLES.copy()
-    done = 0
-    for at in range(1, len(payload), _RUN_BYTES):
-        start, count, value = _RUN.unpack(bytes(payload[at : at + _RUN_BYTES]) + b"\0")
-        if start < done or not count or start + count > LEAF_PAGES or not value or value & KIND_MASK > LOST:
-            raise Damaged("a leaf has runs that are no runs")
-        done = start + count
-        if count == 1:
-            refs[start] = value
-        elif value & KIND_MASK == DATA:
-            refs[start:done] = _STEPS[:count] + np.uint64(value)
-        else:
-            refs[start:done] = value
+    refs[first] = values
+    for index in np.flatnonzero(runs["pages"] > 1).tolist():
+        start, stop, value = first[index], end[index], values[index]
+        refs[start:stop] = value + _STEPS[: stop - start] if value & _KIND == DATA else value
     return refs
