@@ -15,11 +15,13 @@ import lmdb
 from lmdb import verify
 
 from silofs.blocks import PAGE
-from silofs.errors import BadFormat, NoStore, StoreBroken
+from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError, Unsupported
 from silofs.layers.schema import ENGINE_MAJOR, TABLES, Table
 from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS
 
 DATA_FILE: Final = "data.mdb"
+MOUNTS: Final = Path("/proc/self/mountinfo")
+NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "ocfs2", "gfs2", "lustre"}
 
 _MAGIC: Final = 0xBEEFC0DE
 _VERSION: Final = 1  # of the data file, engine 0.9
@@ -35,16 +37,19 @@ class Environment:
         self.path = path
         self.data_file = path / DATA_FILE
         self.map_bytes = map_bytes or _map_bytes(path)
-        self.lmdb = lmdb.Environment(
-            str(path),
-            map_size=self.map_bytes,
-            create=create,
-            max_dbs=len(TABLES) + 4,
-            max_readers=MAX_READERS,
-            readahead=True,  # docs/decisions/readahead.md
-            lib_version=ENGINE_MAJOR,
-            mode=0o600,
-        )
+        try:
+            self.lmdb = lmdb.Environment(
+                str(path),
+                map_size=self.map_bytes,
+                create=create,
+                max_dbs=len(TABLES) + 4,
+                max_readers=MAX_READERS,
+                readahead=True,  # docs/decisions/readahead.md
+                lib_version=ENGINE_MAJOR,
+                mode=0o600,
+            )
+        except lmdb.Error as error:
+            raise StoreError(f"{self.data_file} cannot be opened: {error}") from error
         try:
             self.lmdb.reader_check()
             # Not in a read transaction of ours: the handles would be closed with it.
@@ -64,6 +69,14 @@ class Environment:
         except lmdb.Error as error:
             raise StoreBroken(f"the store cannot be read: {error}") from error
 
+    def unused_bytes(self, txn: lmdb.Transaction[memoryview]) -> int:
+        """Bytes of the file that no table uses: what later transactions can write to before the file grows."""
+        used = 0
+        for table in self.tables.values():
+            pages = txn.stat(table)
+            used += pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
+        return max(0, self.lmdb.info()["last_pgno"] + 1 - used) * PAGE
+
     def grow(self) -> bool:
         """Double the map. Only while no transaction is open; False at the limit."""
         if self.map_bytes >= MAP_BYTES_MAX:
@@ -81,6 +94,21 @@ def _map_bytes(path: Path) -> int:
     status = os.statvfs(path)
     wanted = 4 * status.f_blocks * status.f_frsize
     return max(MAP_BYTES_START, min(MAP_BYTES_MAX, -(-wanted // GIB) * GIB))
+
+
+def refuse_network(path: Path) -> None:
+    """Unsupported on a file system of the network: LMDB's map and locks hold on one host only.
+
+    Found by the device number (proc_pid_mountinfo(5), field 3). A local FUSE file system is none of these.
+    """
+    status = path.stat()
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    for line in MOUNTS.read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        kind = after.split(" ")[0]
+        if before.split(" ")[2] == device and kind in NETWORK:
+            hint = "put the store on a local disk"
+            raise Unsupported(f"{path} is on {kind}, a file system of the network", hint=hint)
 
 
 def last_page(data_file: Path) -> int:

@@ -14,6 +14,8 @@ from silofs.extents import Extents
 ZERO: Final = -1
 """In place of a ring position: the page is all zeros, and has no bytes in the ring."""
 
+IN_ORDER: Final = "records are indexed in the order of the log"
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -94,7 +96,10 @@ class Pending:
 
     def write(self, offset: int, position: int, length: int, lsn: int) -> None:
         """Index `length` bytes for the volume's byte `offset`, which lie at ring `position`."""
-        self._note(lsn)
+        assert lsn > self.last_lsn, IN_ORDER
+        self.last_lsn = lsn
+        if not self.first_lsn:
+            self.first_lsn = lsn
         self.bytes += length
         if length == PAGE and not offset & (PAGE - 1):
             page = offset >> PAGE_SHIFT
@@ -127,7 +132,10 @@ class Pending:
 
     def zero(self, first_page: int, end_page: int, lsn: int) -> None:
         """The whole pages [first_page, end_page) become zero. Ragged edges are the caller's: writes of zeros."""
-        self._note(lsn)
+        assert lsn > self.last_lsn, IN_ORDER
+        self.last_lsn = lsn
+        if not self.first_lsn:
+            self.first_lsn = lsn
         if first_page >= end_page:
             return
         pages = self.pages
@@ -145,9 +153,3 @@ class Pending:
         if entry is None and self.zeros and page in self.zeros:
             return ZERO
         return entry
-
-    def _note(self, lsn: int) -> None:
-        assert lsn > self.last_lsn, "records are indexed in the order of the log"
-        self.last_lsn = lsn
-        if not self.first_lsn:
-            self.first_lsn = lsn

@@ -25,7 +25,7 @@ from silofs.layers import catalog, schema
 from silofs.layers.catalog import Record, State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
-from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
+from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page, refuse_network
 from silofs.layers.gate import Gate
 from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
@@ -81,6 +81,7 @@ class Store:
         mark, data, new = path / LOCK_FILE, path / DATA_DIRECTORY, path / NEW_DIRECTORY
         if data.exists() or (mark.exists() and mark.stat().st_size):
             raise Exists(f"there is a store in {path} already", hint="name another --store, or use this one")
+        refuse_network(path)
         lock_fd = _take_lock(path)
         try:
             if new.exists():
@@ -109,7 +110,8 @@ class Store:
     ) -> Store:
         """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
 
-        NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone). Nothing is made here.
+        NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone), Unsupported (on a
+        network file system). Nothing is made here.
         Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
         """
         mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
@@ -119,6 +121,7 @@ class Store:
             if mark.exists() and not mark.stat().st_size and not data.exists():
                 raise NoStore(f"there is no store in {path}")
             raise BadFormat(f"{data / DATA_FILE} is missing; the store around it is not", hint="restore it from a copy")
+        refuse_network(data)
         own_fd = _take_lock(path) if lock_fd is None else -1
         try:
             check_file(data / DATA_FILE)
@@ -198,7 +201,8 @@ class Store:
         if needed <= self._free and time.monotonic() - self._free_at < ADMIT_AGE_S:
             return
         status = os.statvfs(self._environment.path)
-        self._free = status.f_bavail * status.f_frsize - SPACE_FLOOR_BYTES
+        # Unused pages of the file count by half: objects need 32 in a row.
+        self._free = status.f_bavail * status.f_frsize - SPACE_FLOOR_BYTES + self._writer.unused_bytes // 2
         self._free_at = time.monotonic()
         if needed > self._free:
             raise StoreFull("the file system of the store has no room for another write")
@@ -250,6 +254,7 @@ class Store:
             "file_bytes": (self._environment.path / DATA_FILE).stat().st_size,
             "used_bytes": (info["last_pgno"] + 1) * 4096,
             "map_bytes": self._environment.map_bytes,
+            "unused_bytes": self._writer.unused_bytes,
             "free_bytes": status.f_bavail * status.f_frsize,
             "commits": self._writer.commits,
             "commit_us": int(self._writer.commit_seconds * 1e6),

@@ -44,6 +44,7 @@ class Writer:
         self._doomed = doomed
         self.warm = WarmLeaves(WRITER_LEAVES)
         self.broken: StoreBroken | None = None
+        self.unused_bytes = 0  # of the file, as of the last commit
         self.commits = 0
         self.commit_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="silofs-writer", daemon=True)
@@ -110,11 +111,13 @@ class Writer:
             write = WriteTxn(self._environment, txn, self.warm)
             value = function(write)
             write.finish()
+            unused = self._environment.unused_bytes(txn)
             started = time.monotonic()
             txn.commit()
         except BaseException:
             txn.abort()
             raise
+        self.unused_bytes = unused
         self.commits += 1
         self.commit_seconds += time.monotonic() - started
         self.warm.drop_leaves(write.chilled)

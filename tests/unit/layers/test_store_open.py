@@ -8,17 +8,18 @@ import shutil
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import lmdb
 import pytest
 
 from silofs.blocks import PAGE
-from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
+from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreFull, StoreLocked, Unsupported
 from silofs.layers import catalog, schema
 from silofs.layers.environment import Environment
 from silofs.layers.store import Format, Store
 from silofs.layers.transaction import WriteTxn
-from silofs.limits import GIB, MIB
+from silofs.limits import GIB, MIB, SPACE_FLOOR_BYTES
 from tests.storerig import Rig, page_bytes
 
 
@@ -125,6 +126,21 @@ def test_a_header_of_the_past_is_refused(made: Path) -> None:
         Store.open(made)
 
 
+def test_file_systems_of_the_network_are_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = made.stat().st_dev
+    line = f"30 1 {os.major(device)}:{os.minor(device)} / /srv rw,relatime shared:1 - nfs4 host:/srv rw\n"
+    (tmp_path / "mountinfo").write_text(line)
+    monkeypatch.setattr("silofs.layers.environment.MOUNTS", tmp_path / "mountinfo")
+    with pytest.raises(Unsupported):
+        Store.open(made)
+    with pytest.raises(Unsupported):
+        Store.create(tmp_path / "new")
+    (tmp_path / "mountinfo").write_text(line.replace("nfs4", "fuse.silofs"))
+    Store.open(made).close()
+
+
 def test_the_lock(made: Path) -> None:
     with Store.open(made), pytest.raises(StoreLocked):
         Store.open(made)
@@ -178,10 +194,19 @@ def test_a_map_that_cannot_grow_is_a_full_store(tmp_path: Path, monkeypatch: pyt
 
 
 def test_admission(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What deletion frees inside the file can be written to again, although the file system stays as full."""
     with Store.open(made) as store:
         store.admit(64 * MIB)
         with pytest.raises(StoreFull):
             store.admit(1 << 60)
+        full = SimpleNamespace(f_bavail=SPACE_FLOOR_BYTES // PAGE, f_frsize=PAGE)
+        monkeypatch.setattr("silofs.layers.store.os.statvfs", lambda path: full)
+        monkeypatch.setattr("silofs.layers.store.ADMIT_AGE_S", 0)
+        monkeypatch.setattr("silofs.layers.store.WORST_CASE_FIXED", 0)
+        with pytest.raises(StoreFull):
+            store.admit(40 * PAGE)
+        store.write(lambda txn: txn.delete_volume(txn.volume_by_name("vm").uuid))
+        store.admit(8 * PAGE)
 
 
 class Failing(Environment):
