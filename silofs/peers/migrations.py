@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -21,6 +22,7 @@ from silofs.limits import HELLO_VOLUMES_MAX
 from silofs.migrate import events as ev
 from silofs.migrate import strays, wire
 from silofs.migrate.codec import Codec
+from silofs.migrate.machine import blocked
 from silofs.migrate.messages import (
     AnyMessage,
     Grant,
@@ -55,6 +57,7 @@ log = logging.getLogger(__name__)
 WORK_THREADS = 3  # digests, maps, segments
 DEMAND_THREADS = 4  # pages that a peer's readers wait for
 WRITERS_POLL_S = 0.1
+REVIVE_S = 2.0
 PER_PEER_MAX = 64  # migrations that one peer may have open here
 CAPABILITIES = ("zstd",)
 
@@ -158,19 +161,32 @@ class Migrations:
 
     def _resume(self) -> None:
         """Every migration in the store goes on."""
-        reader = self.engine.reads.txn
-        now = trio.current_time()
-        found = records.stored(reader)
+        found = records.stored(self.engine.reads.txn)
         for record in found:
-            owners = tuple(records.ownership(reader, volume.uuid) for volume in record.volumes)
-            restore = SourceMachine.restore if record.side is Side.SOURCE else TargetMachine.restore
-            machine, actions = restore(record, owners, now)
-            extras = self.history.extras(record.id)
-            mover = self._add(machine, records.names_of(record), record.options, actions, extras)
+            mover = self._restore(record)
             log.info("migration %s goes on (%s, %s)", mover.name, record.side.value, record.phase.value)
         for record in found:
-            if record.returning and record.side is Side.SOURCE and record.origin in self.movers:
-                self.movers[record.origin].post(ev.ReturnStarted())
+            if record.returning and record.side is Side.SOURCE:
+                origin = self.movers.get(record.origin)
+                if origin is None:
+                    self.settled(record.origin)
+                else:
+                    origin.post(ev.ReturnStarted())
+
+    def settled(self, origin: bytes) -> None:
+        """No commit of this target's machine is unconfirmed (or it is gone): a restored RETURN of it may begin."""
+        for mover in self.movers.values():
+            record = mover.record
+            if mover.side is Side.SOURCE and record is not None and record.origin == origin:
+                mover.post(ev.OriginSettled())
+
+    def _restore(self, record: MigrationRecord) -> Mover:
+        reader = self.engine.reads.txn
+        owners = tuple(records.ownership(reader, volume.uuid) for volume in record.volumes)
+        restore = SourceMachine.restore if record.side is Side.SOURCE else TargetMachine.restore
+        machine, actions = restore(record, owners, trio.current_time())
+        extras = self.history.extras(record.id)
+        return self._add(machine, records.names_of(record), record.options, actions, extras)
 
     # Ending
 
@@ -178,8 +194,12 @@ class Migrations:
         """The mover's task is over."""
         if self.movers.get(mover.id) is mover:
             del self.movers[mover.id]
+            self.settled(mover.id)
         self.hub.unwant(mover.peer)
         record = mover.record
+        if mover.failed is not None:
+            self._nursery.start_soon(self._revive, mover)
+            return
         if mover.machine.done and not (mover.side is Side.TARGET and record is None):
             retire = mover.uuids if mover.side is Side.SOURCE and mover.progress.phase is Phase.COMPLETE else set()
             self.history.end(mover.id, mover.progress.fields(), retire, mover.progress.retain_s)
@@ -193,7 +213,26 @@ class Migrations:
         mover = self.movers.pop(migration, None)
         if mover is not None:
             mover.progress.finished(ev.Finished(Phase.CANCELLED))
+            self.history.end(mover.id, mover.progress.fields(), set(), mover.progress.retain_s)
             mover.stop()
+
+    async def _revive(self, mover: Mover) -> None:
+        """A mover that died of an error of ours starts again from its record, as after a crash of the daemon.
+
+        What it had frozen stays so until the record says whose the volumes are: a CEDED may have been submitted.
+        """
+        await trio.sleep(REVIVE_S)
+        while self.engine.store.broken:
+            await trio.sleep(REVIVE_S)
+        reader = self.engine.reads.txn
+        record = next((record for record in records.stored(reader) if record.id == mover.id), None)
+        if record is None or mover.id in self.movers:
+            mover.thaw()
+            return
+        revived = self._restore(record)
+        revived.inherit(mover)
+        log.info("migration %s goes on after an error of ours", revived.name)
+            self.settled(migration)
 
     # What movers need
 
@@ -208,6 +247,9 @@ class Migrations:
 
     async def serve_demand(self, link: Link, job: PagesJob) -> None:
         """Pages that a reader at the peer waits for: a thread reads them, the session carries them."""
+        await guarded(link, self._serve_demand, link, job)
+
+    async def _serve_demand(self, link: Link, job: PagesJob) -> None:
         frames = await self._demand.read(lambda reader: list(job.frames(reader, self._codec())))
         for frame in frames:
             if isinstance(frame, wire.PagesFrame):
@@ -265,7 +307,7 @@ class Migrations:
         for mover in self.movers.values():
             if mover.peer == link.peer:
                 mover.post(ev.Connected(link.id, link.session.hello))
-        self._nursery.start_soon(self.book.seen, link.peer)
+        self._nursery.start_soon(guarded, link, self.book.seen, link.peer)
 
     def disconnected(self, link: Link) -> None:
         for mover in self.movers.values():
@@ -304,13 +346,13 @@ class Migrations:
 
     def _message(self, link: Link, message: AnyMessage) -> None:
         if isinstance(message, ReadAsk):
-            self._nursery.start_soon(self.reads.answer, link, message)
+            self._nursery.start_soon(guarded, link, self.reads.answer, link, message)
         elif isinstance(message, ReadReply):
             self.reads.replied(link, message)
         elif isinstance(message, Lost):
             mover = self._mover(link, message.migration)
             if mover is not None:
-                self._nursery.start_soon(self._arrivals.lost, mover, message)
+                self._nursery.start_soon(guarded, link, self._arrivals.lost, mover, message)
         elif isinstance(message, MigrationMessage):
             mover = self._mover(link, message.migration)
             if mover is None:
@@ -337,6 +379,8 @@ class Migrations:
             return None
         if sum(mover.peer == link.peer for mover in self.movers.values()) >= PER_PEER_MAX:
             raise ProtocolError("the peer has too many migrations open")
+        if blocked((mover.machine for mover in self.movers.values()), owners):
+            return None  # an older machine may yet rewrite these records; the message comes again
         machine = TargetMachine.create(message.migration, link.peer, message.volumes, tuple(owners.values()))
         names = [offer.name for offer in message.offered]
         extras = Extras()
@@ -389,3 +433,14 @@ class Migrations:
 
     def no_link(self, mover: Mover) -> PeerUnreachable:
         return PeerUnreachable(f"peer {mover.progress.peer} is not connected")
+
+
+async def guarded(link: Link, work: Callable[..., Awaitable[object]], *args: object) -> None:
+    """Do something that a peer set off: an error of ours ends its session, not the daemon."""
+    try:
+        await work(*args)
+    except SiloError as error:
+        log.warning("peer %s: %s", link.peer.hex()[:8], error)
+    except Exception as error:
+        log.exception("an error of ours in serving a peer")
+        link.session.close(f"an error of ours: {error}")

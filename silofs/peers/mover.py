@@ -20,7 +20,7 @@ from silofs.errors import Damaged, ProtocolError, SiloError, StoreFull
 from silofs.layers.transaction import WriteTxn
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Priority, Refusal, Run
-from silofs.migrate.source import SourceMachine
+from silofs.migrate.source import BEFORE_CEDING, SourceMachine
 from silofs.migrate.states import MigrationRecord, Phase, Role, Side
 from silofs.migrate.target import TargetMachine
 from silofs.peers import records, source_ops, target_ops
@@ -150,12 +150,21 @@ class Mover:
         except Exception as error:
             log.exception("migration %s was given up by an error of ours", self.name)
             self.failed = error
-            self.progress.fault("an error of ours; the log has it, and silofs restart resumes the migration")
+            self.progress.trouble = Refusal.STORE
         finally:
-            if self.machine.done or self.failed is None:
-                self._thaw()
-            self.over.set()
+            if self.machine.done:
+                self.thaw()
+            if self.failed is None:
+                self.over.set()
             self._shop.ended(self)
+
+    def inherit(self, dead: Mover) -> None:
+        """Take over from one that died of an error of ours: who follows it, and what it had frozen."""
+        self.over = dead.over
+        self.progress.traffic = self.context.traffic = dead.progress.traffic
+        self._frozen = dead._frozen
+        if isinstance(self.machine, SourceMachine) and self.machine.state in BEFORE_CEDING:
+            self.thaw()
 
     async def _step(self) -> None:
         deadline = self.machine.deadline()
@@ -173,6 +182,8 @@ class Mover:
                 self._shop.hub.disconnect(self.peer, str(error))
                 continue
             self._perform_all(actions)
+            if isinstance(event, ev.Committed) and self.side is Side.TARGET and not self.machine.unsettled:
+                self._shop.settled(self.id)
         if not self.machine.done:
             self._perform_all(self.machine.tick(trio.current_time()))
         self.progress.look(self.machine)
@@ -208,7 +219,7 @@ class Mover:
                 self._freeze({above.volume for above in action.volumes})
                 self._answer(lambda: source_ops.freeze(engine, threads, action), ev.FreezeFailed, action.token)
             case ev.Thaw():
-                self._thaw()
+                self.thaw()
             case ev.ComputeDigests():
                 self._digests(action.token, action, lost=False)
             case ev.Verify():
@@ -280,13 +291,14 @@ class Mover:
 
     def _freeze(self, uuids: set[bytes]) -> None:
         """In the same step in which the machine went to FREEZING: nothing is admitted from here on."""
-        self._thaw()
+        self.thaw()
         for uuid in uuids:
             self._shop.engine.freeze(uuid)
         self._frozen = uuids
         self.progress.froze(trio.current_time())
 
-    def _thaw(self) -> None:
+    def thaw(self) -> None:
+        """Let go of what `_freeze` held; the gates are then what the records say."""
         for uuid in self._frozen:
             try:
                 self._shop.engine.thaw(uuid)
@@ -316,6 +328,9 @@ class Mover:
             except StoreFull as error:
                 log.error("migration %s, %s: %s", self.name, step, error)
                 self.post(ev.CommitFailed(commit.token, Refusal.SPACE))
+            except records.BaseGone as error:
+                log.warning("migration %s, %s: %s", self.name, step, error)
+                self.post(ev.CommitFailed(commit.token, Refusal.BASE))
             except SiloError as error:
                 log.error("migration %s, %s: %s", self.name, step, error)
                 self.post(ev.CommitFailed(commit.token))
@@ -342,7 +357,7 @@ class Mover:
         # The gates follow the records in the step in which the transaction is published, and before anybody is told.
         shop.engine.apply_ownership(changed)
         if any(mine.role is Role.CEDED for mine in commit.ownership):
-            self._thaw()
+            self.thaw()
         if changed:
             shop.volumes_changed(self, changed)
         for migration in commit.drop:

@@ -16,18 +16,22 @@ from collections.abc import Iterable
 import msgspec
 
 from silofs.blocks import pages_for
-from silofs.errors import ProtocolError
+from silofs.errors import Busy, ProtocolError
 from silofs.extents import Extents
 from silofs.layers import catalog, schema
 from silofs.layers.reader import ReadTxn
 from silofs.layers.transaction import WriteTxn
 from silofs.migrate.events import Commit
-from silofs.migrate.messages import MapPart, PageKind
+from silofs.migrate.messages import Base, MapPart, PageKind
 from silofs.migrate.states import MigrationRecord, Ownership, Role, Side
 
 TABLE = "migration"
 ID_PREFIX = "m-"
 RENAMES_MAX = 1000
+
+
+class BaseGone(Busy):
+    """A state that the target had said it has complete was deleted before its record could pin it."""
 
 
 def _arriving(uuid: bytes) -> catalog.Ownership:
@@ -172,13 +176,15 @@ def _drop(txn: WriteTxn, migration: bytes) -> None:
         return
     record = msgspec.msgpack.decode(data, type=MigrationRecord)
     _unpin(txn, (segment.uuid for segment in record.segments), migration.hex())
+    if record.side is Side.TARGET:
+        _unpin(txn, (base.base for base in record.bases), migration.hex())
     _unpin(txn, (head.base for head in record.heads), f"owner {record.peer.hex()}")
     txn.delete_value(TABLE, migration.hex())
 
 
 def _unpin(txn: WriteTxn, layers: Iterable[bytes], holder: str) -> None:
     """From the newest: a layer that nothing else holds goes, and then its parent may."""
-    for uuid in reversed(list(layers)):
+    for uuid in reversed([layer for layer in layers if layer]):
         layer = txn.layer_by_uuid(uuid)
         if layer is not None:
             txn.unpin(layer.id, holder)
@@ -194,8 +200,10 @@ def _layer(txn: ReadTxn, uuid: bytes) -> catalog.Layer:
 def _receive(txn: WriteTxn, record: MigrationRecord) -> None:
     """Create the layers of new segments; let go of those that the manifest does not name any more, or names anew."""
     before = txn.value(TABLE, record.id.hex())
-    if before is not None:
-        old = msgspec.msgpack.decode(before, type=MigrationRecord)
+    old = None if before is None else msgspec.msgpack.decode(before, type=MigrationRecord)
+    if old is None or old.bases != record.bases:
+        _hold_bases(txn, record, old.bases if old is not None else ())
+    if old is not None:
         named = {(segment.uuid, segment.parent) for segment in record.segments}
         gone = (part.uuid for part in old.segments if (part.uuid, part.parent) not in named)
         _unpin(txn, gone, record.id.hex())
@@ -204,6 +212,20 @@ def _receive(txn: WriteTxn, record: MigrationRecord) -> None:
             parent = _layer(txn, segment.parent).id if segment.parent else 0
             layer = txn.receive_layer(segment.uuid, parent, segment.size, segment.clip)
             txn.pin(layer.id, record.id.hex())
+
+
+def _hold_bases(txn: WriteTxn, record: MigrationRecord, before: Iterable[Base]) -> None:
+    """Pin the states that nothing is sent of. Checked here, in the transaction: they were looked up in an earlier one,
+
+    and whoever deleted the last name of one in between would leave a chain without its bottom. Raises BaseGone.
+    """
+    wanted = [base.base for base in record.bases if base.base]
+    for uuid in wanted:
+        layer = txn.layer_by_uuid(uuid)
+        if layer is None or not all(part.complete for part in txn.chain(layer.id)):
+            raise BaseGone(f"state {uuid.hex()} is not complete here any more")
+        txn.pin(layer.id, record.id.hex())
+    _unpin(txn, (base.base for base in before if base.base not in wanted), record.id.hex())
 
 
 def _put_map(txn: WriteTxn, record: MigrationRecord, part: MapPart) -> None:
