@@ -174,6 +174,9 @@ class Arrivals:
         except SiloError as error:
             log.error("pages that arrived cannot be stored: %s", error)
             failed = Refusal.STORE
+        except Exception:
+            log.exception("pages that arrived were not stored by an error of ours")
+            failed = Refusal.STORE
         for part in batch:
             part.taken(part.pages.nbytes)
             if failed is not None:

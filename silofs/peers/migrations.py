@@ -215,6 +215,7 @@ class Migrations:
             mover.progress.finished(ev.Finished(Phase.CANCELLED))
             self.history.end(mover.id, mover.progress.fields(), set(), mover.progress.retain_s)
             mover.stop()
+            self.settled(migration)
 
     async def _revive(self, mover: Mover) -> None:
         """A mover that died of an error of ours starts again from its record, as after a crash of the daemon.
@@ -232,7 +233,6 @@ class Migrations:
         revived = self._restore(record)
         revived.inherit(mover)
         log.info("migration %s goes on after an error of ours", revived.name)
-            self.settled(migration)
 
     # What movers need
 

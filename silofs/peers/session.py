@@ -109,6 +109,10 @@ class Session:
                     nursery.start_soon(self._ping)
         except* PeerError as group:
             self.reason = self.reason or str(group.exceptions[0])
+        except* Exception as group:
+            # Whatever a peer's message set off in us ends its session, not the daemon.
+            log.exception("a session ended by an error of ours")
+            self.reason = self.reason or f"an error of ours: {group.exceptions[0]}"
         finally:
             self.closed.set()
             self._drained.set()
