@@ -194,7 +194,8 @@ class Migrations:
         """The mover's task is over."""
         if self.movers.get(mover.id) is mover:
             del self.movers[mover.id]
-            self.settled(mover.id)
+            if mover.failed is None:  # else it is revived, and rewrites its records first
+                self.settled(mover.id)
         self.hub.unwant(mover.peer)
         record = mover.record
         if mover.failed is not None:
