@@ -98,7 +98,8 @@ class Store:
                 txn.put(key, catalog.encode(schema.META, key, State(txn=txn.id())), db=table)
             environment.close()
             new.rename(data)
-            _sync_directory(path)
+            for directory in (path, path.parent):
+                _sync_directory(directory)
             os.write(lock_fd, f"{MARK}{uuid.hex()}\n".encode())
             os.fsync(lock_fd)
         finally:

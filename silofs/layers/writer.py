@@ -93,6 +93,8 @@ class Writer:
                 return self._attempt(function)
             except lmdb.MapFullError as error:
                 self._grow(error)
+            except lmdb.TxnFullError as error:
+                raise StoreFull("the change is too large for one transaction", hint="do it in parts") from error
             except lmdb.Error as error:
                 raise self._diagnose(error) from error
 
