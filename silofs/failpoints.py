@@ -57,6 +57,12 @@ def rearm(text: str) -> None:
     _armed.update(parse(text))
 
 
+def spent(name: str) -> bool:
+    """Whether the failpoint has fired in this process."""
+    armed = _armed.get(name)
+    return armed is not None and armed.hits >= armed.at
+
+
 def hit(name: str) -> None:
     """The code has reached the place `name`: does what was armed for it, else nothing."""
     armed = _armed.get(name)

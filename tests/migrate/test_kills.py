@@ -121,6 +121,24 @@ def test_what_is_durable_at_the_destination_is_not_sent_again(tmp_path: Path) ->
         print(f"{sent / MIB:.1f} MiB sent for {len(data) / MIB:.0f} MiB")
 
 
+def test_daemons_are_replaced_in_the_sweep(tmp_path: Path) -> None:
+    """`silofs restart` at both ends: an upgrade in the middle of a migration."""
+    data = os.urandom(32 * MIB)
+    with Mount(tmp_path / "a", listen=True) as a, Mount(tmp_path / "b", listen=True) as b:
+        there = a.pair(b)
+        a.silofs("create", "vm1", "--size", "32M")
+        a.image("vm1").open("r+b").write(data)
+        command = ("migrate", "vm1", "--to", there, "--switchover", "now", "--mode", "postcopy")
+        name = a.silofs_json(*command, "--max-bandwidth", "16M", "--detach")["migration"]
+        until(lambda: _left(b, name) > 0, "pulling")
+        for side in (b, a):
+            side.silofs("restart")
+            with b.image("vm1").open("rb", buffering=0) as image:
+                assert os.pread(image.fileno(), PAGE, 31 * MIB) == data[31 * MIB : 31 * MIB + PAGE]
+        until(lambda: a.silofs_json("migration", "show", name)["phase"] == "complete", "complete")
+        assert b.image("vm1").read_bytes() == data
+
+
 def _left(side: Mount, name: str) -> int:
     done = side.run("migration", "show", name, "--json")
     if done.returncode != 0:

@@ -8,7 +8,8 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from silofs.errors import FetchTimeout, NotAuthorised
+from silofs import failpoints
+from silofs.errors import Busy, FetchTimeout, NotAuthorised
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -99,6 +100,7 @@ async def test_a_session_that_breaks_in_the_sweep_is_made_again(tmp_path):
         mover = b.peers._migrations.find(begun["migration"])
         for _ in range(3):
             seen = mover.progress.traffic.received
+            await until(a.peers._hub.links)
             a.peers._hub.links()[0].session.close("test")
             await until(lambda seen=seen: mover.progress.traffic.received > seen or mover.over.is_set())
         await until(lambda: a.role("vm1") == "retired")
@@ -119,6 +121,88 @@ async def test_a_reader_waits_for_a_peer_that_is_away_and_gets_an_error_in_time(
         await b.write("vm1", MIB // 2, b"y" * 4096)
         assert await b.read("vm1", MIB // 2, 4096) == b"y" * 4096
         assert await b.read("vm1", 4 * MIB, 4096) == bytes(4096)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["offer.after_commit", "precopy.after_seal", "freeze.after_seal", "cede.before_commit", "cede.after_commit"]
+    + ["incoming.before_commit", "sweep.after_batch", "own.before_commit", "own.after_commit", "retire.before_commit"],
+)
+async def test_an_error_of_ours_ends_in_another_attempt(tmp_path, point, monkeypatch):
+    monkeypatch.setattr("silofs.peers.migrations.REVIVE_S", 0.05)
+    monkeypatch.setattr("silofs.limits.REPEAT_S", 0.2)
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"x" * MIB)
+        failpoints.rearm(f"{point}:raise")
+        try:
+            await a.call("migrate", names=["vm1"], to=a.b, switchover="now", detach=True)
+            await until(lambda: a.role("vm1") == "retired")
+        finally:
+            assert failpoints.spent(point)
+            failpoints.rearm("")
+        assert b.role("vm1") == "owner"
+        assert await b.read("vm1", 0, MIB) == b"x" * MIB
+        await b.write("vm1", 0, b"y" * 4096)
+
+
+async def test_a_rename_ends_the_attempt_and_a_resize_joins_it(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"x" * MIB)
+        begun = await a.call("migrate", names=["vm1"], to=a.b, switchover="manual", detach=True)
+        await until(lambda: a.peers._migrations.find(begun["migration"]).progress.round >= 1)
+        await a.call("rename", old="vm1", new="vm2")
+        await until(lambda: not a.peers._migrations.movers and not b.peers._migrations.movers)
+        assert a.role("vm2") == "owner"
+        assert (await b.call("ls"))["volumes"] == []
+        begun = await a.call("migrate", names=["vm2"], to=a.b, switchover="manual", detach=True)
+        await until(lambda: a.peers._migrations.find(begun["migration"]).progress.round >= 1)
+        await a.call("resize", name="vm2", size=32 * MIB)
+        await a.call("snapshot", volume="vm2", snapshot="s1")
+        await a.call("migration_switchover", id=begun["migration"])
+        await until(lambda: a.role("vm2") == "retired")
+        info = await b.call("info", name="vm2")
+        assert info["virtual_size"] == 32 * MIB
+        assert [snap["name"] for snap in info["snapshots"]] == ["s1"]
+
+
+async def test_what_a_volume_that_has_left_refuses(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        for at in range(8):
+            await a.write("vm1", at * MIB, bytes([at + 1]) * MIB)
+        begun = await _postcopy(a, bandwidth=65536)
+        for verb, args in (
+            ("rename", {"old": "vm1", "new": "vm2"}),
+            ("resize", {"name": "vm1", "size": 32 * MIB}),
+            ("rm", {"volume": "vm1", "force": True}),
+            ("snapshot", {"volume": "vm1", "snapshot": "late"}),
+        ):
+            with pytest.raises(Busy):
+                await a.call(verb, **args)
+        with pytest.raises(Busy):
+            await b.call("rm", volume="vm1", force=True)
+        await b.call("snapshot", volume="vm1", snapshot="early")
+        await b.write("vm1", 0, b"z" * 4096)
+        a.peers._migrations.find(begun["migration"]).context.bandwidth.rate = None
+        await until(lambda: a.role("vm1") == "retired")
+        await b.call("clone", source="vm1", snapshot="early", new="vm2")
+        assert await b.read("vm2", 0, MIB) == b"\1" * MIB
+        assert await b.read("vm1", 0, 4096) == b"z" * 4096
+
+
+async def test_a_retired_copy_goes_when_its_time_is_over_and_the_volume_can_still_come_back(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"x" * MIB)
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now", retain=0.1)
+        await until(lambda: not a.engine.reads.txn.volumes())
+        result = await b.call("migrate", names=["vm1"], to=b.a, switchover="now")
+        assert result["verified"] and result["bytes_sent"] == MIB
+        assert await a.read("vm1", 0, MIB) == b"x" * MIB
+        assert a.engine.reads.txn.ownership(a.engine.reads.txn.volume_by_name("vm1").uuid).epoch == 3
 
 
 async def _postcopy(a, bandwidth=MIB):
