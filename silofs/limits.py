@@ -17,7 +17,7 @@ SIZE_MIN = 4096  # bytes; the command line's smallest volume (a file may pass th
 SIZE_MAX = 1 << 50  # bytes; 1 PiB: keeps page numbers far below 2^44
 
 # The store
-MAP_BYTES_START = 1 * GIB  # LMDB map size of a new store; doubled when three quarters are used
+MAP_BYTES_START = 1 * GIB  # LMDB map size at least; else four times the file system, doubled when full
 MAP_BYTES_MAX = 1 << 46  # 64 TiB of address space at most
 CHAIN_DEPTH_MAX = 1000  # layers; merge (not built yet) keeps it near 8
 MAX_READERS = 126  # LMDB reader slots
