@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
 DIAL_S = 10.0
+TRIES = 3  # dials that fail before whoever waits for a session is told
 LANE_TO_ACCEPTOR = b">"
 LANE_TO_DIALLER = b"<"
 LANE_HELLO_BYTES = 17
@@ -112,6 +113,7 @@ class Hub:
         self._loops: set[bytes] = set()
         self._moved = trio.Event()
         self._failures: dict[bytes, str] = {}
+        self._failed: dict[bytes, int] = {}  # dials since somebody began to wait
         self._threads = trio.CapacityLimiter(math.inf)
         self._nursery: trio.Nursery | None = None
         self._above: Above | None = None
@@ -145,13 +147,17 @@ class Hub:
             del self._wanted[peer]
 
     async def connect(self, peer: Peer, seconds: float = DIAL_S) -> Link:
-        """The session with the peer, made if need be. PeerUnreachable."""
+        """The session with the peer, made if need be. PeerUnreachable after `seconds`, or TRIES dials that failed."""
         self.want(peer.store_id)
+        self._failed.pop(peer.store_id, None)
         try:
             with trio.move_on_after(seconds):
                 while (link := self.link(peer.store_id)) is None:
+                    if self._failed.get(peer.store_id, 0) >= TRIES:
+                        break
                     await self.wait_moved()
-                return link
+                else:
+                    return link
         finally:
             self.unwant(peer.store_id)
         why = self._failures.get(peer.store_id)
@@ -205,6 +211,8 @@ class Hub:
                     await self._dial(peer)
                 except (SiloError, OSError) as error:
                     self._failures[store_id] = str(error)
+                    self._failed[store_id] = self._failed.get(store_id, 0) + 1
+                    self._move()
                     log.info("peer %s: %s", peer.name, error)
                 if store_id not in self._links:
                     await trio.sleep(pause * (0.5 + random.random()))
