@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -80,7 +81,12 @@ def writing(path: Path) -> Iterator[Writer]:
 def daemons(mount: Mount) -> set[int]:
     """The daemons of a mount's holder that run."""
     children = Path(f"/proc/{mount.holder_pid}/task/{mount.holder_pid}/children").read_text().split()
-    return {int(pid) for pid in children if b"--channel" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    found = set()
+    for pid in children:
+        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+            if b"--channel" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(pid))
+    return found
 
 
 def test_a_killed_daemon_is_a_pause(mount: Mount) -> None:
