@@ -15,6 +15,7 @@ import math
 import os
 import random
 import ssl
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
 DIAL_S = 10.0
+BULK_NICE = 10
 TRIES = 3  # dials that fail before whoever waits for a session is told
 LANE_TO_ACCEPTOR = b">"
 LANE_TO_DIALLER = b"<"
@@ -114,7 +116,6 @@ class Hub:
         self._moved = trio.Event()
         self._failures: dict[bytes, str] = {}
         self._failed: dict[bytes, int] = {}  # dials since somebody began to wait
-        self._threads = trio.CapacityLimiter(math.inf)
         self._nursery: trio.Nursery | None = None
         self._above: Above | None = None
         self.sessions_begun = 0
@@ -386,13 +387,35 @@ class Hub:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_cancelled, lane)
-            reason = await trio.to_thread.run_sync(work, limiter=self._threads)
-            link.session.close(reason)
+            link.session.close(await _in_own_thread(work))
             nursery.cancel_scope.cancel()
 
     def _move(self) -> None:
         moved, self._moved = self._moved, trio.Event()
         moved.set()
+
+
+async def _in_own_thread(work: Callable[[], str]) -> str:
+    """`work()` in a thread that gives way to every other (docs/decisions/bulk-threads.md); waited for in any case.
+
+    Not one of trio's: those are used again for other work, and a thread's niceness cannot be taken back.
+    """
+    token = trio.lowlevel.current_trio_token()
+    done = trio.Event()
+    results: list[str] = []
+
+    def run() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BULK_NICE)
+        results.append(work())
+        try:
+            token.run_sync_soon(done.set)
+        except trio.RunFinishedError:
+            pass
+
+    threading.Thread(target=run, name="silofs-bulk", daemon=True).start()
+    with trio.CancelScope(shield=True):
+        await done.wait()
+    return results[0]
 
 
 async def _stop_when_cancelled(lane: Outbound | Inbound) -> None:

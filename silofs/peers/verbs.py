@@ -103,7 +103,9 @@ class Verbs:
         token = pairing.Token.parse(_text(args, "token"))
         if token.fingerprint == self._identity.fingerprint:
             raise UserError("this token is of this very store", hint="use it on the other host")
-        mine = reachable(self._listener.address) if self._listener is not None else ""
+        mine = ""
+        if self._listener is not None and self._listener.port:  # port 0 is not chosen before the port is open
+            mine = reachable(self._listener.address)
         stream = await dial(token.address, tls.pairing_context())
         try:
             with trio.fail_after(LISTEN_S * 2):

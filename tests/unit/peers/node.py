@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import asynccontextmanager
 
 import trio
@@ -28,7 +29,11 @@ class Call:
 class Node:
     """A store with its daemon's parts. `down` ends the parts as a crash would: nothing is flushed."""
 
-    def __init__(self, path, *, listen="127.0.0.1:0"):
+    def __init__(self, path, *, listen="free"):
+        if listen == "free":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                listen = f"127.0.0.1:{probe.getsockname()[1]}"
         self.path = path
         if not (path / "lock").exists():
             Store.create(path)
