@@ -28,11 +28,13 @@ class CatalogReader:
 
     def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview] | None = None) -> None:
         self._environment = environment
+        self._reads_only = txn is None
         self._begin(txn or environment.begin())
 
     def _begin(self, txn: lmdb.Transaction[memoryview]) -> None:
         self._txn = txn
         self.txn_id = txn.id()
+        self.spoilt: Damaged | None = None  # LMDB met a damaged page, and refuses whatever else this transaction asks
         self._layers: dict[int, Layer] = {}
         self._chains: dict[int, list[Layer]] = {}
         self._floor_maps: dict[int, dict[int, int]] = {}
@@ -68,7 +70,24 @@ class CatalogReader:
         try:
             return self._txn.get(key, db=self._environment.tables[table])
         except lmdb.Error as error:
-            raise Damaged(f"table {table.name} cannot be read: {error}") from error
+            raise self._unreadable(table, error) from error
+
+    def _unreadable(self, table: Table, error: lmdb.Error) -> Damaged:
+        """What to raise. Another transaction takes the place of one that only reads, if it shows the same state.
+
+        Pages of that state stay in place all the while, so views that were given out stay good.
+        """
+        damage = Damaged(f"table {table.name} cannot be read: {error}")
+        self.spoilt = self.spoilt or damage
+        if self._reads_only:
+            try:
+                fresh = self._environment.begin()
+            except lmdb.Error:
+                return damage
+            if fresh.id() == self.txn_id:
+                self._txn, fresh, self.spoilt = fresh, self._txn, None
+            fresh.abort()
+        return damage
 
     def _get(self, table: Table, key: bytes, kind: type[R]) -> R | None:
         value = self.fetch(table, key)
@@ -86,7 +105,7 @@ class CatalogReader:
                 yield checked_key(table, key), value
                 found = cursor.next()
         except lmdb.Error as error:
-            raise Damaged(f"table {table.name} cannot be read: {error}") from error
+            raise self._unreadable(table, error) from error
 
     def scan_keys(self, table: Table) -> Iterator[bytes]:
         """Every key, ascending. Values are not touched: for large ones that is much cheaper than `scan`."""
@@ -94,7 +113,7 @@ class CatalogReader:
             for key in self._txn.cursor(db=self._environment.tables[table]).iternext(keys=True, values=False):
                 yield checked_key(table, key)
         except lmdb.Error as error:
-            raise Damaged(f"table {table.name} cannot be read: {error}") from error
+            raise self._unreadable(table, error) from error
 
     def _scan_records(self, table: Table, kind: type[R], prefix: bytes = b"") -> Iterator[tuple[bytes, R]]:
         for key, value in self.scan(table, prefix):

@@ -8,7 +8,8 @@ bitmaps and live bitmaps are kept back and written once, by `finish`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import lmdb
@@ -200,14 +201,9 @@ class Changes(ObjectChanges):
             self.release(old)
 
     def drop_leaves(self, layer_id: int, most: int) -> bool:
-        """Remove up to `most` leaves of a layer, and what only they refer to; whether none is left.
-
-        Goes by the records, not by the bitmaps: a damaged layer can be removed like any other.
-        """
+        """Remove up to `most` leaves of a layer, and what only they refer to; whether none is left."""
         found: list[tuple[bytes, Refs]] = []
-        for key, value in self.scan(schema.LEAF, catalog.layer_key(layer_id)):
-            if len(found) == most:
-                break
+        for key, value in self._leaf_records(layer_id, most):
             try:
                 refs = leaves.decode(schema.open_record(schema.LEAF, key, value))
             except Damaged as error:
@@ -221,6 +217,24 @@ class Changes(ObjectChanges):
         self._put_sums(layer_id, dict.fromkeys(numbers, 0))
         self._mark(layer_id, numbers, False)
         return len(found) < most
+
+    def _leaf_records(self, layer_id: int, most: int) -> Iterator[tuple[bytes, memoryview]]:
+        """The first `most` leaves of a layer as they are stored.
+
+        By its bitmaps: on a look-up LMDB says that a page of its tree is damaged, in a scan it ends the process. By the
+        records where a bitmap is damaged, so that such a layer can be removed like any other.
+        """
+        try:
+            numbers = list(islice(self.present_leaves(layer_id), most))
+        except Damaged as error:
+            if self.spoilt is not None:
+                raise
+            log.error("%s; the layer's leaves are looked for without", error)
+            yield from list(islice(self.scan(schema.LEAF, catalog.layer_key(layer_id)), most))
+            return
+        for number in numbers:
+            key = schema.leaf_key(layer_id, number)
+            yield key, self.fetch(schema.LEAF, key) or memoryview(b"")
 
     def drop_layer(self, layer_id: int) -> None:
         """Remove the records of a layer without leaves."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import lmdb
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +25,7 @@ from silofs.layers.changes import Changes
 from silofs.layers.heads import HeadWriter, Numbers
 from silofs.layers.pending import Patch, Pending
 from silofs.layers.schema import Buffer, Refs
+from silofs.layers.transaction import RunAgain
 
 log = logging.getLogger(__name__)
 
@@ -50,38 +52,60 @@ class CommitResult(Generic[T]):
     txn_id: int = 0
 
 
-def apply_all(txn: Changes, pendings: Sequence[Pending], ring: memoryview) -> CommitResult[T]:
-    """Apply pending writes of any number of volumes, several of one volume in the order given."""
-    result: CommitResult[T] = CommitResult({}, {})
+def apply_all(
+    txn: Changes, pendings: Sequence[Pending], ring: memoryview, damaged: dict[bytes, Damaged]
+) -> CommitResult[T]:
+    """Apply pending writes of any number of volumes, several of one volume in the order given.
+
+    What belongs to a volume in `damaged` is left out. A volume whose records lie in a damaged page of LMDB's trees
+    takes the whole transaction with it: it is added to `damaged`, for the next attempt, and RunAgain raised.
+    """
+    result: CommitResult[T] = CommitResult({}, dict(damaged))
     lsn = txn.last_lsn
     for pending in pendings:
         if not pending or pending.uuid in result.failed:
             continue
         try:
-            if not txn.has_volume(pending.uuid):
-                continue  # deleted meanwhile; its writes go with it
-            volume = txn.volume(pending.uuid)
-            txn.chain(volume.head)
-        except Damaged as error:
-            log.error("nothing can be written to volume %s: %s", pending.uuid.hex(), error)
-            result.failed[pending.uuid] = error
-            continue
-        committed = result.volumes.setdefault(pending.uuid, Committed())
-        lsn = max(lsn, pending.last_lsn)
-        if pending.last_lsn <= volume.applied_lsn:
-            # Applied by an earlier attempt whose outcome was not known.
-            for leaf in pending.leaves:
-                committed.leaves[leaf] = txn.resolve(volume.head, leaf)
-            continue
-        writer = HeadWriter(txn, volume)
-        _apply(writer, txn, pending, ring)
-        writer.finish(applied_lsn=pending.last_lsn)
-        committed.leaves.update(writer.resolved)
-        for start, end in writer.stale:
-            committed.stale.add(start, end)
+            lsn = max(lsn, _apply_one(txn, pending, ring, result))
+        except (Damaged, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError) as error:
+            spoilt = txn.spoilt or Damaged(f"the store's trees are damaged: {error}")
+            damaged[pending.uuid] = spoilt
+            log.error("nothing can be written to volume %s: %s", pending.uuid.hex(), spoilt)
+            raise RunAgain from error
+        if txn.spoilt is not None:
+            damaged[pending.uuid] = txn.spoilt
+            raise RunAgain
     if lsn > txn.last_lsn:
         txn.count(lsn=lsn)
     return result
+
+
+def _apply_one(txn: Changes, pending: Pending, ring: memoryview, result: CommitResult[T]) -> int:
+    """Apply what is pending of one volume; the highest LSN of it that is in the store then."""
+    try:
+        if not txn.has_volume(pending.uuid):
+            return 0  # deleted meanwhile; its writes go with it
+        volume = txn.volume(pending.uuid)
+        txn.chain(volume.head)
+    except Damaged as error:
+        if txn.spoilt is not None:
+            raise
+        log.error("nothing can be written to volume %s: %s", pending.uuid.hex(), error)
+        result.failed[pending.uuid] = error
+        return 0
+    committed = result.volumes.setdefault(pending.uuid, Committed())
+    if pending.last_lsn <= volume.applied_lsn:
+        # Applied by an earlier attempt whose outcome was not known.
+        for leaf in pending.leaves:
+            committed.leaves[leaf] = txn.resolve(volume.head, leaf)
+        return pending.last_lsn
+    writer = HeadWriter(txn, volume)
+    _apply(writer, txn, pending, ring)
+    writer.finish(applied_lsn=pending.last_lsn)
+    committed.leaves.update(writer.resolved)
+    for start, end in writer.stale:
+        committed.stale.add(start, end)
+    return pending.last_lsn
 
 
 def _apply(writer: HeadWriter, txn: Changes, pending: Pending, ring: memoryview) -> None:

@@ -93,6 +93,8 @@ class ReadTxn(CatalogReader):
         try:
             return self._stored_leaf(layer_id, leaf)
         except Damaged as error:
+            if self.spoilt is not None:
+                raise  # a sound leaf looks no better from here
             log.error("%s; pages %d to %d are lost there", error, leaf * LEAF_PAGES, (leaf + 1) * LEAF_PAGES - 1)
             return leaves.LOST_LEAF
 
@@ -106,6 +108,8 @@ class ReadTxn(CatalogReader):
                 try:
                     rows += self._bitmap(layer.id, chunk)
                 except Damaged as error:
+                    if self.spoilt is not None:
+                        raise
                     log.error("%s; every leaf of it is taken for present", error)
                     rows += _ALL
             stack = layers, np.frombuffer(bytes(rows), np.uint8).reshape(len(layers), schema.CHUNK_BYTES)

@@ -20,7 +20,7 @@ from weakref import WeakSet
 import lmdb
 import msgspec
 
-from silofs.errors import BadFormat, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
+from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Record, State
 from silofs.layers.catalog_reader import verify_catalog
@@ -184,8 +184,10 @@ class Store:
         again after `reopen`; what was applied is skipped.
         """
 
+        damaged: dict[bytes, Damaged] = {}
+
         def run(txn: WriteTxn) -> CommitResult[T]:
-            result: CommitResult[T] = apply_all(txn, pending, ring)
+            result: CommitResult[T] = apply_all(txn, pending, ring, damaged)
             if then is not None:
                 result.value = then(txn)
             for uuid, committed in result.volumes.items():

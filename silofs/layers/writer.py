@@ -18,10 +18,10 @@ from typing import Any, Final, TypeVar
 
 import lmdb
 
-from silofs.errors import SiloError, StoreBroken, StoreFull
+from silofs.errors import Damaged, SiloError, StoreBroken, StoreFull
 from silofs.layers.environment import Environment
 from silofs.layers.gate import Gate
-from silofs.layers.transaction import WriteTxn
+from silofs.layers.transaction import RunAgain, WriteTxn
 from silofs.layers.warm import WarmLeaves
 from silofs.limits import MIB, WRITER_LEAVES
 
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 REAP_PAUSE_S: Final = 0.005  # between steps of removing doomed layers, for commits to come first
 GROW_WAIT_S: Final = 5.0  # for readers to end, when the map must grow
+SPOILT: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError)
 FULL_BYTES: Final = 2 * MIB  # with less than this free, an error of LMDB's is taken for a full disk (it says EIO)
 
 
@@ -91,6 +92,8 @@ class Writer:
         while True:
             try:
                 return self._attempt(function)
+            except RunAgain:
+                continue
             except lmdb.MapFullError as error:
                 self._grow(error)
             except lmdb.TxnFullError as error:
@@ -133,6 +136,9 @@ class Writer:
         the next commit a success although pages of this one never reached the disk: nothing more is written then.
         """
         self.warm.clear()
+        if isinstance(error, SPOILT):
+            # Of a page that was read: LMDB gives such a transaction up before it writes anything.
+            return Damaged(f"the store's trees are damaged: {error}")
         status = os.statvfs(self._environment.path)
         if status.f_bavail * status.f_frsize < FULL_BYTES or getattr(error, "code", 0) == errno.ENOSPC:
             return StoreFull("the file system of the store is full")
