@@ -2,7 +2,7 @@
 
 The class says whose fault it is: the user's (`UserError`), the store's or the disk's (`StoreError`), a peer's
 (`PeerError`). Whatever else escapes is a bug of ours: it becomes EIO, exit code 1 and a log line. A class carries
-`code` (the stable name in --json), `errno` (what a system call on the mount gets), `exit_code` (CLI.md), `retry`
+`code` (the stable name in --json), `errno` (what a system call on the mount gets), `exit_code` (docs/cli.md), `retry`
 (whether the same call may succeed later unchanged) and a `hint` that an instance can replace.
 """
 
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class Exit:
-    """Exit codes of the command line (CLI.md)."""
+    """Exit codes of the command line (docs/cli.md)."""
 
     OK = 0
     FAILED = 1
@@ -210,7 +210,7 @@ class ObjectMissing(Damaged):
 
 
 class StoreBroken(StoreError):
-    """LMDB failed under us and the store is closed to changes until it is reopened and verified (STORE.md 17)."""
+    """LMDB failed under us and the store is closed to changes until it is reopened and verified (docs/write-path.md)."""
 
     code = "store_broken"
     errno = _errno.EROFS

@@ -9,7 +9,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
 
-# Names and sizes (CLI.md). A name that comes from a peer, a file system call or the command line passes the same test.
+# Names and sizes. A name that comes from a peer, a file system call or the command line passes the same test.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 IMAGE_SUFFIX = ".img"
 SECTOR = 512  # bytes; sizes are multiples of it
@@ -19,7 +19,7 @@ SIZE_MAX = 1 << 50  # bytes; 1 PiB: keeps page numbers far below 2^44
 # The store
 MAP_BYTES_START = 1 * GIB  # LMDB map size at least; else four times the file system, doubled when full
 MAP_BYTES_MAX = 1 << 46  # 64 TiB of address space at most
-CHAIN_DEPTH_MAX = 1000  # layers; merge (not built yet) keeps it near 8
+CHAIN_DEPTH_MAX = 1000  # layers; nothing merges them yet
 MAX_READERS = 126  # LMDB reader slots
 SPACE_FLOOR_BYTES = 64 * MIB  # of the store's file system that only deletes and ownership records may use
 
@@ -42,7 +42,7 @@ WARM_S = 30.0  # what nobody read for this long may have left the page cache: a 
 FETCHED_PAGES = 2048  # pages that came from a peer and are not in the store yet: 8 MiB
 
 # FUSE
-FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another (FACTS.md)
+FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another
 FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint
 REQUEST_BYTES_MAX = 1 * MIB
 FUSE_MAX_BACKGROUND = 4096  # asynchronous requests in flight in the kernel; with libfuse's 12 one volume stalls all

@@ -1,4 +1,4 @@
-"""The control socket's verbs on peers and migrations (INTERFACES: docs/peers.md, docs/cli.md)."""
+"""The control socket's verbs on peers and migrations (docs/peers.md, docs/cli.md)."""
 
 from __future__ import annotations
 
