@@ -210,7 +210,7 @@ class ObjectMissing(Damaged):
 
 
 class StoreBroken(StoreError):
-    """LMDB failed under us and the store is closed to changes until it is reopened and verified (docs/write-path.md)."""
+    """LMDB failed under us; the store is closed to changes until it is reopened and verified (docs/write-path.md)."""
 
     code = "store_broken"
     errno = _errno.EROFS
