@@ -89,7 +89,7 @@ class VolumeChanges(Changes):
             if below.doomed:
                 raise Busy("the layer is being removed")
             if below.depth >= CHAIN_DEPTH_MAX:
-                raise Busy(f"the chain has {below.depth} layers, and takes no more", hint="export and import the volume")
+                raise Busy(f"the chain has {below.depth} layers and takes no more", hint="export and import the volume")
             depth, clip = below.depth + 1, min(size, below.size)
             self.change_layer(parent, children=below.children + 1)
         layer = Layer(self.new_layer_id(), parent, size, clip, depth=depth, mapped=pages_for(size))
