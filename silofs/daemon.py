@@ -239,8 +239,7 @@ class Daemon:
 
     def _space(self) -> Space:
         space = os.statvfs(self._store.path)
-        free = max(0, space.f_bavail * space.f_frsize - limits.SPACE_FLOOR_BYTES)
-        return Space(total=space.f_blocks * space.f_frsize, free=free)
+        return Space(total=space.f_blocks * space.f_frsize, free=max(0, self._store.room()))
 
 
 def _be_killed_first() -> None:

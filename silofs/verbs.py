@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-from silofs import limits
 from silofs.blocks import PAGE
 from silofs.errors import Busy, Exists, Interrupted, NoSuchVolume, NotOwner, UserError
 from silofs.facts import ROLES, Facts, Fields, View, departed, snapshot_fields, tombstone
@@ -120,7 +119,7 @@ def df(txn: ReadTxn, args: Args, view: View) -> Fields:
         "total": space.f_blocks * space.f_frsize,
         "used": (space.f_blocks - space.f_bfree) * space.f_frsize,
         "free": free,
-        "available": max(0, free - limits.SPACE_FLOOR_BYTES),
+        "available": max(0, txn.room()),
         "file_bytes": sum(path.stat().st_blocks * 512 for path in files),
         "data_bytes": sum(layer.own_pages for layer in txn.layers()) * PAGE,
         "volumes": len(volumes),

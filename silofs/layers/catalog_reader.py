@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from silofs.blocks import pages_for
-from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume
+from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume, StoreBroken
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Ownership, R, Snapshot, State, Volume
 from silofs.layers.environment import Environment
@@ -58,6 +58,10 @@ class CatalogReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def room(self) -> int:
+        """Bytes that writes may still take, as of this state; less than 0 when the reserve is touched."""
+        return self._environment.room(self._environment.unused_bytes(self._txn))
+
     @property
     def map_bytes(self) -> int:
         """Size of the map. When it changes, the map may have moved."""
@@ -82,7 +86,7 @@ class CatalogReader:
         if self._reads_only:
             try:
                 fresh = self._environment.begin()
-            except lmdb.Error:
+            except (lmdb.Error, StoreBroken):
                 return damage
             if fresh.id() == self.txn_id:
                 self._txn, fresh, self.spoilt = fresh, self._txn, None

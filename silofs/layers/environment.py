@@ -17,7 +17,7 @@ from lmdb import verify
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError, Unsupported
 from silofs.layers.schema import ENGINE_MAJOR, TABLES, Table
-from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS
+from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, SPACE_FLOOR_BYTES
 
 DATA_FILE: Final = "data.mdb"
 MOUNTS: Final = Path("/proc/self/mountinfo")
@@ -76,6 +76,14 @@ class Environment:
             pages = txn.stat(table)
             used += pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
         return max(0, self.lmdb.info()["last_pgno"] + 1 - used) * PAGE
+
+    def room(self, unused_bytes: int) -> int:
+        """Bytes that writes may still take, less than 0 when the reserve is touched; what `admit` and statfs go by.
+
+        Unused pages of the file count by half: objects need 32 in a row.
+        """
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize - SPACE_FLOOR_BYTES + unused_bytes // 2
 
     def grow(self) -> bool:
         """Double the map. Only while no transaction is open; False at the limit."""

@@ -31,7 +31,7 @@ from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.writer import Writer
-from silofs.limits import MIB, SPACE_FLOOR_BYTES
+from silofs.limits import MIB
 
 __all__ = ["CommitResult", "Committed", "Store"]
 
@@ -203,12 +203,14 @@ class Store:
         needed = nbytes * WORST_CASE + WORST_CASE_FIXED
         if needed <= self._free and time.monotonic() - self._free_at < ADMIT_AGE_S:
             return
-        status = os.statvfs(self._environment.path)
-        # Unused pages of the file count by half: objects need 32 in a row.
-        self._free = status.f_bavail * status.f_frsize - SPACE_FLOOR_BYTES + self._writer.unused_bytes // 2
+        self._free = self.room()
         self._free_at = time.monotonic()
         if needed > self._free:
             raise StoreFull("the file system of the store has no room for another write")
+
+    def room(self) -> int:
+        """Bytes that writes may still take, less than 0 when the reserve is touched."""
+        return self._environment.room(self._writer.unused_bytes)
 
     # Reading
 

@@ -43,8 +43,11 @@ def test_a_full_file_system(small: Path) -> None:
     assert not rig.store.broken
     assert rig.read("vm")[: committed * PAGE] == b"".join(page_bytes(page) for page in range(committed))
     assert rig.findings() == []
+    full = rig.store.room()
     rig.store.write(lambda txn: txn.delete_volume(vm))
     rig.store.write(lambda txn: txn.set_attr(other, uid=1))
+    with rig.store.reader() as txn:
+        assert txn.room() == rig.store.room() > full, "what was deleted can be written again, and df says so"
     rig.put(other, range(committed // 2), seed=1)
     assert rig.findings() == []
     rig.reopen()
