@@ -184,23 +184,25 @@ class Outbound:
 
     def run(self) -> None:
         """Send until stopped. PeerUnreachable when the lane breaks."""
-        reader = self._store.reader()
         codec = Codec()
         try:
             while True:
                 job = self._jobs.get()
                 if job is None or self._stopped.is_set():
                     return
-                reader.renew()
-                for frame in job.frames(reader, codec):
-                    data = self._writer.encode(frame)
+                # Encoded before anything waits: an open transaction keeps the store from using freed space again.
+                reader = self._store.reader()
+                try:
+                    encoded = [self._writer.encode(frame) for frame in job.frames(reader, codec)]
+                finally:
+                    reader.close()
+                for data in encoded:
                     wait = job.context.bandwidth.take(len(data), time.monotonic())
                     if wait and self._stopped.wait(wait):
                         return
                     self._lane.send(data)
                 failpoints.hit("bulk.after_reply")
         finally:
-            reader.close()
             self._lane.close()
 
 
