@@ -63,8 +63,7 @@ class HandleTable:
         kernel resends an OPEN whose answer it did not see."""
         if request and request in self._by_request:
             return self._by_request[request]
-        if not self._free:
-            raise TooManyOpen(f"{len(self._by_id)} files are open on this mount")
+        self.expect_room()
         fh = int.from_bytes(self._counter, "little")
         # The counter first: killed in between, an id is lost, and never given twice.
         self._counter[:] = (fh + 1).to_bytes(8, "little")
@@ -74,6 +73,11 @@ class HandleTable:
         self._table[at : at + SLOT] = raw + _SUM.pack(checksum(raw))
         self._remember(handle, at)
         return fh
+
+    def expect_room(self) -> None:
+        """TooManyOpen when another handle would be refused."""
+        if not self._free:
+            raise TooManyOpen(f"{len(self._by_id)} files are open on this mount")
 
     def get(self, fh: int) -> Handle | None:
         return self._by_id.get(fh)

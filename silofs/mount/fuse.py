@@ -42,6 +42,7 @@ from silofs.mount.tree import ROOT, SNAPSHOTS, SNAPSHOTS_NAME, Entry
 log = logging.getLogger(__name__)
 
 SECTORS_PER_PAGE = PAGE // 512
+TIME_MIN, TIME_MAX = -(1 << 63), (1 << 63) - 1  # ns; what a record holds
 DOT, DOTDOT = 1, 2  # positions in a listing; an entry's is its inode plus 2
 
 
@@ -174,6 +175,7 @@ class Adapter(Guarded):
         stem = tree.new_volume_name(parent_inode, name)
         entry = self._names.child(ROOT, name)
         if entry is None:
+            self._volumes.handles.expect_room()  # nothing is made that cannot be opened
             uid, gid, permissions = ctx.uid, ctx.gid, stat.S_IMODE(mode)
             entry = await self._engine.transact(
                 lambda txn: txn.create_volume(stem, 0, uid=uid, gid=gid, mode=permissions)
@@ -244,7 +246,7 @@ class Adapter(Guarded):
         """Never over an existing volume (EEXIST): `mv` must not be a way to lose a disk. `rm` it first."""
         volume = self._volume(parent_inode_old, name_old)
         stem = tree.new_volume_name(parent_inode_new, name_new)
-        if flags & pyfuse3.RENAME_EXCHANGE:
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise FUSEError(errno.EINVAL)
         if stem == volume.name:
             return
@@ -289,7 +291,7 @@ class Adapter(Guarded):
         if fields.update_mode:
             changes["mode"] = stat.S_IMODE(attr.st_mode)
         if fields.update_mtime:
-            changes["mtime_ns"] = attr.st_mtime_ns
+            changes["mtime_ns"] = max(TIME_MIN, min(attr.st_mtime_ns, TIME_MAX))
         if changes:
             await self._engine.transact(lambda txn: txn.set_attr(uuid, **changes))
         return self._attributes(self._entry(inode))

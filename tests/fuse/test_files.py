@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import random
+import resource
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from silofs.limits import HANDLES_MAX
 from tests.fuse.mounts import Mount
 
 pytestmark = pytest.mark.fuse
@@ -41,6 +44,39 @@ def test_a_file_is_listed_with_its_attributes(shared: Mount, image: Path) -> Non
     assert (about.st_size, about.st_blocks, about.st_uid) == (SIZE, 0, 0)
     entries = {entry.name: entry.inode() for entry in os.scandir(shared.path)}
     assert entries[image.name] == about.st_ino
+
+
+def test_times_that_no_volume_can_have_are_the_nearest(image: Path) -> None:
+    for seconds, kept in ((1 << 50, (1 << 63) - 1), (-(1 << 40), -(1 << 63))):
+        os.utime(image, ns=(0, seconds * 10**9))
+        assert image.stat().st_mtime_ns == kept
+
+
+def test_with_too_many_open_nothing_is_created(shared: Mount, image: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, limits[1]), limits[1]))
+    opened: list[int] = []
+    new = image.with_name("one-too-many.img")
+    try:
+        with pytest.raises(OSError, match="file") as caught:
+            while len(opened) <= HANDLES_MAX:
+                opened.append(os.open(image, os.O_RDONLY))
+        assert caught.value.errno == errno.ENFILE
+        fails(errno.ENFILE, os.open, new, os.O_RDWR | os.O_CREAT)
+        assert not new.exists()
+    finally:
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_rename_of_an_unknown_kind_is_none(image: Path) -> None:
+    """RENAME_WHITEOUT leaves something under the old name, which no mount of silofs can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    old, new = os.fsencode(image), os.fsencode(image.with_name("whiteout.img"))
+    assert libc.renameat2(-100, old, -100, new, 4) == -1
+    assert ctypes.get_errno() == errno.EINVAL
+    assert image.exists()
 
 
 def test_holes_read_as_zeros_and_written_bytes_as_written(image: Path) -> None:
