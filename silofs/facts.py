@@ -20,7 +20,7 @@ from silofs.layers.reader import ReadTxn
 Fields = dict[str, Any]
 
 ROLES: Final = {
-    Role.NONE: "none",
+    Role.NONE: "tombstone",  # it has left, and a way back was cancelled
     Role.OWNER: "owner",
     Role.INCOMING: "incoming",
     Role.CEDED: "released",

@@ -30,7 +30,7 @@ from silofs.verbs import Args
 T = TypeVar("T")
 
 REPORT_S = 0.25  # between two progress lines of work that runs in a thread
-CHANGES = frozenset({"snapshot", "rm", "rollback", "rename", "resize"})
+CHANGES = frozenset({"snapshot", "clone", "rm", "rollback", "rename", "resize"})
 
 
 class Volumes(Protocol):
@@ -63,8 +63,8 @@ class Host(Protocol):
 class Service:
     """All verbs of one daemon; without a `host` those that work on volumes.
 
-    before_change: awaited before a snapshot, rm, rollback, rename or resize of a volume, with (verb, name); a migration
-    refuses there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
+    before_change: awaited before a snapshot, clone, rm, rollback, rename or resize of a volume, with (verb, name); a
+    migration refuses there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
     peer_name: what a peer is called here, by what ownership records call it.
     """
 
@@ -232,7 +232,7 @@ class Service:
             await self._engine.transact(images.reap)
 
 
-_SUBJECT = {"rename": "old", "resize": "name"}
+_SUBJECT = {"clone": "source", "rename": "old", "resize": "name"}
 
 
 def _one(call: Call) -> int:

@@ -69,7 +69,7 @@ def owned(txn: ReadTxn, name: str, what: str) -> Volume:
     if role is Role.INCOMING:
         hint = "silofs migration ls shows how far it is"
         raise Busy(f"{name} has not arrived yet: {what} waits for the switch-over", hint=hint)
-    if role in (Role.CEDED, Role.RETIRED):
+    if role in (Role.CEDED, Role.RETIRED, Role.NONE):
         raise NotOwner(f"{name} has moved to another host: {what} is refused here")
     if role is not Role.OWNER:
         raise NotOwner(f"{name} is {ROLES[role]} here: {what} is refused")

@@ -37,7 +37,7 @@ _BY_ROLE: Final = {
     Role.CEDED: Gate.RELEASED,
     Role.RETIRED: Gate.RELEASED,
     Role.FENCED: Gate.FENCED,
-    Role.NONE: Gate.FENCED,
+    Role.NONE: Gate.RELEASED,  # an old copy, left over by a way back that was cancelled
 }
 
 
@@ -114,7 +114,7 @@ class VolumeState:
             self.owner_known = False
         self.role = role
         self.epoch = epoch
-        self.owner_known |= role is Role.RETIRED
+        self.owner_known |= role in (Role.RETIRED, Role.NONE)
         self._move(_BY_ROLE[role])
 
     def acknowledged(self) -> None:

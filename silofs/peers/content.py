@@ -14,7 +14,7 @@ import numpy as np
 from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, PAGE, pages_for
 from silofs.errors import Damaged
 from silofs.layers import schema
-from silofs.layers.catalog import Layer
+from silofs.layers.catalog import Layer, Volume
 from silofs.layers.digest import segment_digest
 from silofs.layers.reader import ReadTxn
 from silofs.limits import RUNS_MAX, STATES_MAX
@@ -222,6 +222,19 @@ def lost_pages(reader: ReadTxn, segments: Iterable[Segment]) -> int:
 def remote_pages(reader: ReadTxn, uuid: bytes) -> int:
     """Pages of a volume's chain that are still at a peer."""
     return sum(layer.remote_pages for layer in reader.chain(reader.volume(uuid).head))
+
+
+def dependents(reader: ReadTxn, segments: Iterable[Segment], group: Iterable[bytes]) -> list[str]:
+    """Names of the volumes outside the group that reach pages of these segments that are still at a peer."""
+    found = (reader.layer_by_uuid(segment.uuid) for segment in segments)
+    missing = {layer.id for layer in found if layer is not None and layer.remote_pages}
+    others = [volume for volume in reader.volumes() if volume.uuid not in set(group)] if missing else []
+    return [volume.name for volume in others if not missing.isdisjoint(_reached(reader, volume))]
+
+
+def _reached(reader: ReadTxn, volume: Volume) -> set[int]:
+    tops = [volume.head, *(snap.layer for snap in reader.snapshots(volume.uuid))]
+    return {layer.id for top in tops for layer in reader.chain(top)}
 
 
 def read_layer(reader: ReadTxn, layer: int, offset: int, length: int) -> bytes:

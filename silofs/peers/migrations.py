@@ -122,6 +122,7 @@ class Migrations:
         uuids = [volume.uuid for volume in origin.machine.volumes]
         options = Options(mode=Mode.AUTO, switchover=Switchover.NOW, fence_writer=True)
         try:
+            self.may_return(origin)
             machine, actions = SourceMachine.start(
                 migration=os.urandom(16),
                 peer=origin.peer,
@@ -139,6 +140,16 @@ class Migrations:
             return
         self._add(machine, origin.progress.names, options, actions, Extras())
         origin.post(ev.ReturnStarted())
+
+    def may_return(self, origin: Mover) -> None:
+        """Busy while a clone made here still needs pages of the old home: after a RETURN nothing would bring them."""
+        segments = origin.record.segments if origin.record is not None else ()
+        names = content.dependents(self.engine.reads.txn, segments, origin.uuids)
+        if names:
+            raise Busy(
+                f"{', '.join(names)} still needs pages that are at the peer",
+                hint="wait until the migration is complete, or remove what was cloned",
+            )
 
     def _add(
         self, machine: Machine, names: list[str], options: Options, actions: list[ev.Action], extras: Extras
@@ -418,9 +429,13 @@ class Migrations:
 
     def guard(self, uuid: bytes, change: str) -> None:
         """Before a volume is renamed, resized, removed, rolled back or snapshotted. Busy while that is not possible;
-        a rename, removal or rollback before the freeze ends the attempt instead."""
+        a rename, removal or rollback before the freeze ends the attempt instead. Only a RETURN refuses a clone."""
         for mover in self.movers.values():
             if uuid not in mover.uuids:
+                continue
+            if change == "clone":
+                if mover.side is Side.SOURCE and mover.record is not None and mover.record.returning:
+                    raise Busy(f"it goes back in migration {mover.name}", hint=f"silofs migration show {mover.name}")
                 continue
             owning = mover.side is Side.TARGET and mover.progress.phase in (Phase.PULLING, Phase.COMPLETE)
             if mover.machine.locked and not (owning and change in ("snapshot", "rename", "resize")):

@@ -15,6 +15,7 @@ from silofs.limits import INVITE_S, RETAIN_S
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Refusal
 from silofs.migrate.states import Mode, Options, Phase, Switchover
+from silofs.migrate.target import TargetMachine
 from silofs.peers import pairing, records, tls
 from silofs.peers.authorise import Direction
 from silofs.peers.book import Book, Peer, suggestion_to_name
@@ -215,6 +216,8 @@ class Verbs:
 
     async def cancel(self, args: dict[str, Any], call: Call) -> dict[str, Any]:
         mover = self._open(args)
+        if isinstance(mover.machine, TargetMachine) and mover.machine.may_return:
+            self._migrations.may_return(mover)
         await self._command(mover, ev.OperatorCancel(), ev.Command.CANCEL)
         with trio.move_on_after(COMMAND_S):
             await mover.over.wait()

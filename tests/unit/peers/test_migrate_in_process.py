@@ -9,7 +9,7 @@ import trio
 from msgspec.structs import replace
 
 from silofs import failpoints
-from silofs.errors import Busy, FetchTimeout, NotAuthorised
+from silofs.errors import Busy, FetchTimeout, NotAuthorised, NotOwner
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -203,6 +203,59 @@ async def test_a_retired_copy_goes_when_its_time_is_over_and_the_volume_can_stil
         assert result["verified"] and result["bytes_sent"] == MIB
         assert await a.read("vm1", 0, MIB) == b"x" * MIB
         assert a.engine.reads.txn.ownership(a.engine.reads.txn.volume_by_name("vm1").uuid).epoch == 3
+
+
+async def test_an_old_copy_is_not_read_after_a_way_back_that_was_cancelled(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"old" * 4096)
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
+        await b.write("vm1", 0, b"new" * 4096)
+        begun = await b.call("migrate", names=["vm1"], to=b.a, switchover="manual", detach=True)
+        await until(lambda: a.role("vm1") == "incoming")
+        assert await a.read("vm1", 0, 3) == b"new"
+        await b.call("migration_cancel", id=begun["migration"])
+        await until(lambda: a.role("vm1") == "none")
+        clone = a.call("clone", source="vm1", new="vm2")
+        for refused in (a.read("vm1", 0, 3), a.write("vm1", 0, b"two" * 4096), clone):
+            with pytest.raises(NotOwner):
+                await refused
+        assert (await a.call("info", name="vm1"))["role"] == "tombstone"
+        result = await b.call("migrate", names=["vm1"], to=b.a, switchover="now")
+        assert result["verified"]
+        assert await a.read("vm1", 0, 12288) == b"new" * 4096
+
+
+@pytest.mark.parametrize("asked_at", ["a", "b"])
+async def test_no_return_while_a_clone_needs_pages_of_the_old_home(tmp_path, asked_at):
+    data = os.urandom(4 * MIB)
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        for at in range(0, 4 * MIB, MIB):
+            await a.write("vm1", at, data[at : at + MIB])
+        begun = await _postcopy(a, bandwidth=4 * MIB)
+        await b.call("clone", source="vm1", new="vm2")
+        if asked_at == "b":
+            with pytest.raises(Busy, match="vm2"):
+                await b.call("migration_cancel", id=begun["migration"])
+        else:
+            await a.call("migration_cancel", id=begun["migration"])
+        await until(lambda: a.role("vm1") == "retired")
+        assert b.role("vm1") == "owner"
+        assert await b.read("vm2", 0, 4 * MIB) == data
+
+
+async def test_no_clone_while_a_return_runs(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"x" * MIB)
+        begun = await _postcopy(a, bandwidth=65536)
+        b.peers._migrations.start_return(b.peers._migrations.find(begun["migration"]))
+        with pytest.raises(Busy):
+            await b.call("clone", source="vm1", new="vm2")
+        await until(lambda: a.role("vm1") == "owner")
+        assert await a.read("vm1", 0, MIB) == b"x" * MIB
 
 
 async def _postcopy(a, bandwidth=MIB):
