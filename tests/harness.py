@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 class Failed(AssertionError):
@@ -71,8 +72,13 @@ class Mount:
         return self.silofs_json("status")
 
     def kill_daemon(self, number: int = signal.SIGKILL) -> int:
-        """Send a signal to the daemon that serves now; returns its pid."""
-        pid = int(self.status()["daemon_pid"])
+        """Send a signal to the daemon that serves now, or as soon as one does; returns its pid."""
+
+        def serving() -> int:
+            done = self.run("status", "--json")
+            return int(json.loads(done.stdout)["daemon_pid"]) if done.returncode == 0 else 0
+
+        pid = until(serving, "a daemon serves")
         os.kill(pid, number)
         return pid
 
@@ -155,12 +161,13 @@ class Mount:
             os.kill(self._holder, signal.SIGKILL)
 
 
-def until(happened: Callable[[], object], what: str, timeout: float = 30.0) -> None:
-    """Wait until `happened()` is true; an AssertionError that says `what` when it is not in time."""
+def until(happened: Callable[[], T], what: str, timeout: float = 30.0) -> T:
+    """The first true value of `happened()`; an AssertionError that says `what` when there is none in time."""
     deadline = time.monotonic() + timeout
-    while not happened():
+    while not (value := happened()):
         assert time.monotonic() < deadline, f"not in {timeout:.0f} s: {what}"
         time.sleep(0.02)
+    return value
 
 
 def _disconnected(path: Path) -> bool:
