@@ -7,7 +7,6 @@ taken out by `_text` and its like, which raise UserError) and the `View`. It ret
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,9 +15,9 @@ from silofs.blocks import PAGE
 from silofs.errors import Busy, Exists, Interrupted, NoSuchVolume, NotOwner, UserError
 from silofs.facts import ROLES, Facts, Fields, View, departed, snapshot_fields, tombstone
 from silofs.images import Cancelled, Loaded, Progress, never
-from silofs.layers import check as invariants
 from silofs.layers.catalog import Role, Volume
 from silofs.layers.reader import ReadTxn
+from silofs.layers.scrub import scrub
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_name, check_size
@@ -140,7 +139,7 @@ def du(txn: ReadTxn, args: Args, view: View) -> Fields:
 
 
 def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = never) -> Fields:
-    """Every invariant of the store, in one long read transaction."""
+    """Every invariant of the store, in a process of its own."""
     read_data = flag(args, "read_data")
 
     def step(done: int, total: int) -> None:
@@ -148,13 +147,12 @@ def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = n
             raise Interrupted("the check was stopped", hint="run it again")
         progress({"stage": "checking", "steps_done": done, "steps_total": total})
 
-    with contextlib.closing(store.reader()) as txn:
-        found = invariants.check(txn, read_data=read_data, progress=step)
-        counted = {"volumes": len(txn.volumes()), "layers": len(txn.layers())}
+    found = scrub(store.path, read_data=read_data, progress=step)
     findings = [
         {"code": f.code, "message": f.message, "volume": f.volume or None, "layer": f.layer, "page": f.page}
-        for f in found
+        for f in found.findings
     ]
+    counted = {"volumes": found.volumes, "layers": found.layers}
     return {"findings": findings, "damaged": len(findings), "read_data": read_data, **counted}
 
 

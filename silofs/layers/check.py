@@ -41,20 +41,25 @@ class Finding:
 
 
 def check(
-    txn: ReadTxn, *, read_data: bool = False, progress: Callable[[int, int], None] | None = None
+    txn: ReadTxn,
+    *,
+    read_data: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    into: list[Finding] | None = None,
 ) -> list[Finding]:
     """Everything that is wrong with the store as that transaction sees it. `read_data`: the bytes of pages as well.
 
-    `progress` is called with (steps done, steps in all) now and then. The transaction pins what is freed meanwhile.
+    `progress` is called with (steps done, steps in all) now and then; `into` gets the findings as they are made. The
+    transaction pins what is freed meanwhile.
     """
-    checker = _Checker(txn, progress)
+    checker = _Checker(txn, progress, [] if into is None else into)
     checker.run(read_data)
     return checker.findings
 
 
 class _Checker:
-    def __init__(self, txn: ReadTxn, progress: Callable[[int, int], None] | None) -> None:
-        self.findings: list[Finding] = []
+    def __init__(self, txn: ReadTxn, progress: Callable[[int, int], None] | None, findings: list[Finding]) -> None:
+        self.findings = findings
         self._txn = txn
         self._progress = progress
         self._state = State()

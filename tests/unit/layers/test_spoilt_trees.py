@@ -9,6 +9,7 @@ import pytest
 
 from silofs.blocks import LEAF_BYTES, LEAF_PAGES, PAGE
 from silofs.layers import schema
+from silofs.layers.scrub import scrub
 from tests.storerig import Rig, page_bytes
 
 LEAVES = 400  # their records fill several pages of a tree
@@ -78,3 +79,19 @@ def test_removing_the_volume_does_not_end_all_writing(rig: Rig) -> None:
     rig.put(other.uuid, [2], seed=3)
     assert not rig.store.broken
     assert rig.read("other")[2 * PAGE : 3 * PAGE] == page_bytes(2, 3)
+
+
+def test_a_check_that_lmdb_ends_is_a_finding_and_ends_nobody_else(rig: Rig) -> None:
+    found = scrub(rig.path)
+    assert any("the check itself died (SIGABRT)" in each.message for each in found.findings)
+    assert rig.read("other")[:PAGE] == page_bytes(0)
+
+
+def test_a_check_of_a_sound_store_counts_what_there_is(tmp_path: Path) -> None:
+    sound = Rig(tmp_path / "sound")
+    volume = sound.store.write(lambda txn: txn.create_volume("vm", LEAF_BYTES))
+    sound.put(volume.uuid, [0, 1])
+    steps: list[tuple[int, int]] = []
+    found = scrub(sound.path, read_data=True, progress=lambda done, total: steps.append((done, total)))
+    assert found == ([], 1, 1)
+    assert steps[0][0] == 0 and {total for _, total in steps} == {8}

@@ -1,0 +1,103 @@
+"""`check` in a process of its own, because LMDB ends the process that meets certain damage.
+
+A cursor that steps onto a page of the wrong type fails an assertion of LMDB's (SIGABRT), and a page that the disk
+cannot read is a SIGBUS. The process that serves volumes must not die of looking for damage, so a child looks; what it
+died of is a finding as well. The child only reads: it sees the newest commit at the moment when it begins.
+
+The child's output is msgpack: ("step", done, total), ("finding", code, message, volume, layer, page), then
+("counted", volumes, layers).
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from silofs.layers.check import Finding, check
+from silofs.layers.environment import Environment
+from silofs.layers.reader import ReadTxn
+from silofs.layers.store import DATA_DIRECTORY
+
+LENGTH: Final = 4
+
+
+class Scrubbed(NamedTuple):
+    """What a check found, and how much there was to check (0 when the child did not get so far)."""
+
+    findings: list[Finding]
+    volumes: int
+    layers: int
+
+
+def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int], None] | None = None) -> Scrubbed:
+    """Check the store in a child. An exception of `progress` ends the child and comes out here."""
+    command = [sys.executable, "-P", "-m", __name__, str(store), *(["--read-data"] if read_data else [])]
+    findings: list[Finding] = []
+    volumes = layers = 0
+    done = total = 0
+    complete = False
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        try:
+            while len(head := child.stdout.read(LENGTH)) == LENGTH:
+                body = child.stdout.read(int.from_bytes(head, "little"))
+                kind, *fields = msgspec.msgpack.decode(body)
+                if kind == "step":
+                    done, total = fields
+                    if progress is not None:
+                        progress(done, total)
+                elif kind == "finding":
+                    findings.append(Finding(*fields))
+                else:
+                    (volumes, layers), complete = fields, True
+        except BaseException:
+            child.kill()
+            raise
+    if not complete:
+        findings.append(Finding("unreadable", _cause_of_death(child.returncode, done, total)))
+    return Scrubbed(findings, volumes, layers)
+
+
+def _cause_of_death(status: int, done: int, total: int) -> str:
+    cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+    return f"the check itself died ({cause}) in step {done + 1} of {total}: LMDB's own pages, or the disk, are damaged"
+
+
+def main(arguments: list[str]) -> None:
+    """The child."""
+    out = sys.stdout.buffer
+
+    def say(*fields: Any) -> None:
+        body = msgspec.msgpack.encode(fields)
+        out.write(len(body).to_bytes(LENGTH, "little") + body)
+
+    said = 0
+    found: list[Finding] = []
+
+    def tell() -> None:
+        nonlocal said
+        for each in found[said:]:
+            say("finding", each.code, each.message, each.volume, each.layer, each.page)
+        said = len(found)
+        out.flush()
+
+    def step(done: int, total: int) -> None:
+        say("step", done, total)
+        tell()
+
+    with closing(ReadTxn(Environment(Path(arguments[0]) / DATA_DIRECTORY))) as txn:
+        check(txn, read_data="--read-data" in arguments, progress=step, into=found)
+        tell()
+        say("counted", len(txn.volumes()), len(txn.layers()))
+    out.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
