@@ -120,9 +120,14 @@ def show_command(app: App, id: str) -> None:
 @click.argument("id")
 @common("migration_cancel")
 def cancel_command(app: App, id: str) -> None:
-    """End a migration, and leave the source as it was. Not possible once the volume has been ceded."""
-    app.result(call(app.store, "migration_cancel", {"id": id}, offline=False))
-    app.note(f"cancelled {id}")
+    """End a migration, and leave the source as it was. After the switch-over the volumes go back, with what was
+    written since, as long as pages are missing at the destination."""
+    fields = call(app.store, "migration_cancel", {"id": id}, offline=False)
+    app.result(fields)
+    if fields["phase"] in EXITS:
+        app.note(f"{id} ended: {fields['phase']}")
+    else:
+        app.note(f"{id} is asked to end, and is {fields['phase']} now; silofs migration show {id} follows it")
 
 
 @migration_command.command("switchover", short_help="Hand the volume over now.")

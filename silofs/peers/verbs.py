@@ -14,7 +14,7 @@ from silofs.errors import NoSuchThing, PeerRefused, SiloError, UserError
 from silofs.limits import INVITE_S, RETAIN_S
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Refusal
-from silofs.migrate.states import Mode, Options, Phase, Switchover
+from silofs.migrate.states import Mode, Options, Phase, Side, Switchover
 from silofs.migrate.target import TargetMachine
 from silofs.peers import pairing, records, tls
 from silofs.peers.authorise import Direction
@@ -205,7 +205,7 @@ class Verbs:
         return {"migrations": shop.history.ended() + [shop.fields(mover) for mover in shop.movers.values()]}
 
     async def show(self, args: dict[str, Any], call: Call) -> dict[str, Any]:
-        text = _text(args, "id")
+        text = _id(args)
         mover = self._migrations.find(text)
         if mover is not None:
             return self._migrations.fields(mover)
@@ -234,23 +234,33 @@ class Verbs:
         return self._migrations.fields(mover)
 
     async def switchover(self, args: dict[str, Any], call: Call) -> dict[str, Any]:
-        mover = self._open(args)
+        mover = self._leaving(args)
         event = ev.OperatorSwitchover(bool(args.get("fence_writer")))
         await self._command(mover, event, ev.Command.SWITCHOVER)
         return self._migrations.fields(mover)
 
     async def accept_lost(self, args: dict[str, Any], call: Call) -> dict[str, Any]:
-        mover = self._open(args)
+        mover = self._leaving(args)
         await self._command(mover, ev.OperatorAcceptLost(), ev.Command.ACCEPT_LOST)
         return self._migrations.fields(mover)
 
     def _open(self, args: dict[str, Any]) -> Mover:
-        text = _text(args, "id")
+        text = _id(args)
         mover = self._migrations.find(text)
         if mover is None:
             if self._migrations.history.find(text) is not None:
                 raise errors.Busy(f"migration {text} is over", hint=f"silofs migration show {text}")
             raise NoSuchThing(f"there is no migration {text!r}", hint="silofs migration ls")
+        return mover
+
+    def _leaving(self, args: dict[str, Any]) -> Mover:
+        """An open migration out of this host: the source alone hears this command."""
+        mover = self._open(args)
+        if mover.side is not Side.SOURCE:
+            raise UserError(
+                f"migration {mover.name} comes here from {mover.progress.peer}, which has to be told this",
+                hint=f"give the same command on {mover.progress.peer}",
+            )
         return mover
 
     async def _command(self, mover: Mover, event: ev.Event, command: ev.Command) -> None:
@@ -307,6 +317,14 @@ def _text(args: dict[str, Any], key: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise UserError(f"{key} is missing")
     return value
+
+
+def _id(args: dict[str, Any]) -> str:
+    """An id as shown, or the beginning of one; what all ids begin with names none."""
+    text = _text(args, "id")
+    if len(text) <= len(records.ID_PREFIX):
+        raise NoSuchThing(f"{text!r} is no migration's id", hint="silofs migration ls")
+    return text
 
 
 def _choice(kind: Any, args: dict[str, Any], key: str, default: Any) -> Any:

@@ -9,7 +9,7 @@ import trio
 from msgspec.structs import replace
 
 from silofs import failpoints
-from silofs.errors import Busy, FetchTimeout, NotAuthorised, NotOwner
+from silofs.errors import Busy, FetchTimeout, NoSuchThing, NotAuthorised, NotOwner, UserError
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -247,15 +247,43 @@ async def test_no_return_while_a_clone_needs_pages_of_the_old_home(tmp_path, ask
 
 
 async def test_no_clone_while_a_return_runs(tmp_path):
+    data = os.urandom(4 * MIB)
     async with two(tmp_path) as (a, b):
         await a.call("create", name="vm1", size=16 * MIB)
-        await a.write("vm1", 0, b"x" * MIB)
-        begun = await _postcopy(a, bandwidth=65536)
+        for at in range(0, 4 * MIB, MIB):
+            await a.write("vm1", at, data[at : at + MIB])
+        begun = await _postcopy(a)
         b.peers._migrations.start_return(b.peers._migrations.find(begun["migration"]))
         with pytest.raises(Busy):
             await b.call("clone", source="vm1", new="vm2")
         await until(lambda: a.role("vm1") == "owner")
-        assert await a.read("vm1", 0, MIB) == b"x" * MIB
+        assert await a.read("vm1", 0, 4 * MIB) == data
+
+
+async def test_what_only_the_source_can_be_told_is_refused_at_the_destination(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=16 * MIB)
+        begun = await a.call("migrate", names=["vm1"], to=a.b, switchover="manual", detach=True)
+        await until(lambda: b.peers._migrations.movers)
+        for verb in ("migration_switchover", "migration_accept_lost"):
+            with pytest.raises(UserError, match="from"):
+                await b.call(verb, id=begun["migration"])
+        await a.call("migration_cancel", id=begun["migration"])
+
+
+async def test_an_id_that_names_no_migration_names_none(tmp_path):
+    """`silofs migration cancel "$ID"` with ID empty must not end whatever is open."""
+    async with two(tmp_path) as (a, _):
+        await a.call("create", name="vm1", size=16 * MIB)
+        begun = await a.call("migrate", names=["vm1"], to=a.b, switchover="manual", detach=True)
+        for text in ("", "m", "m-"):
+            with pytest.raises(NoSuchThing):
+                await a.call("migration_cancel", id=text)
+        assert (await a.call("migration_show", id=begun["migration"][:4]))["migration"] == begun["migration"]
+        await a.call("migration_cancel", id=begun["migration"])
+        for text in ("", "m-"):
+            with pytest.raises(NoSuchThing):
+                await a.call("migration_show", id=text)
 
 
 async def _postcopy(a, bandwidth=MIB):
