@@ -22,7 +22,7 @@ EXITS = {"complete": Exit.OK, "cancelled": Exit.FAILED, "failed": Exit.FAILED}
 @click.option("--max-bandwidth", metavar="RATE", help="Bytes per second, for example 200M.")
 @click.option("--switchover", type=click.Choice(["auto", "now", "manual"]), default="auto", show_default=True)
 @click.option("--fence-writer", is_flag=True, help="Cut off a writer that still has a volume open here (ESTALE).")
-@click.option("--no-snapshots", is_flag=True, help="Leave the named snapshots here.")
+@click.option("--no-snapshots", is_flag=True, help="Leave the named snapshots here, with the old copy.")
 @click.option("--retain", default="1h", show_default=True, metavar="TIME", help="Keep the old copy this long.")
 @click.option("--detach", is_flag=True, help="Return once it runs.")
 @common("migrate")

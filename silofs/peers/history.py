@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -65,8 +66,15 @@ class History:
         self._known[migration] = extras
         self._save(migration)
 
-    def end(self, migration: bytes, fields: dict[str, Any], retire: set[bytes], retain_s: float) -> None:
-        """A migration is over. `retire`: volumes whose copy here may go after `retain_s` seconds."""
+    def end(
+        self,
+        migration: bytes,
+        fields: dict[str, Any],
+        retire: set[bytes],
+        retain_s: float,
+        kept: AbstractSet[bytes] = frozenset(),
+    ) -> None:
+        """A migration is over. `retire`: volumes whose copy here may go after `retain_s` seconds; `kept`: never."""
         extras = self.extras(migration)
         extras.ended = fields
         self._known[migration] = extras
@@ -75,6 +83,9 @@ class History:
         for oldest in over[: max(0, len(over) - ENDED_MAX)]:
             del self._known[oldest]
             self._write(MIGRATION + oldest.hex(), None)
+        for uuid in kept & self._retained.keys():
+            del self._retained[uuid]
+            self._write(RETAINED + uuid.hex(), None)
         for uuid in retire:
             self._retained[uuid] = time.time() + retain_s
             self._write(RETAINED + uuid.hex(), msgspec.msgpack.encode(self._retained[uuid]))

@@ -214,7 +214,8 @@ class Migrations:
             return
         if mover.machine.done and not (mover.side is Side.TARGET and record is None):
             retire = mover.uuids if mover.side is Side.SOURCE and mover.progress.phase is Phase.COMPLETE else set()
-            self.history.end(mover.id, mover.progress.fields(), retire, mover.progress.retain_s)
+            kept = records.left_behind(self.engine.reads.txn, record) if retire else set()
+            self.history.end(mover.id, mover.progress.fields(), retire - kept, mover.progress.retain_s, kept)
         if record is not None and record.returning and mover.side is Side.SOURCE:
             origin = self.movers.get(record.origin)
             if origin is not None and mover.progress.phase in (Phase.CANCELLED, Phase.FAILED):

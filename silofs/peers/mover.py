@@ -350,7 +350,8 @@ class Mover:
         def apply(txn: WriteTxn) -> set[bytes]:
             changed = records.apply(txn, commit, record)
             if fields is not None:
-                shop.history.close(txn, self.id, fields, retire, self.progress.retain_s)
+                gone = retire - records.left_behind(txn, record)
+                shop.history.close(txn, self.id, fields, gone, self.progress.retain_s)
             return changed
 
         changed = await shop.engine.transact(apply)

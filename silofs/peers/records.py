@@ -10,6 +10,7 @@ layer of a volume that was ceded is pinned for its new owner, who may still pull
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 
@@ -22,7 +23,7 @@ from silofs.layers import catalog, schema
 from silofs.layers.reader import ReadTxn
 from silofs.layers.transaction import WriteTxn
 from silofs.migrate.events import Commit
-from silofs.migrate.messages import Base, MapPart, PageKind
+from silofs.migrate.messages import Base, MapPart, PageKind, SnapshotInfo
 from silofs.migrate.states import MigrationRecord, Ownership, Role, Side
 
 TABLE = "migration"
@@ -152,10 +153,32 @@ def _take_over(txn: WriteTxn, record: MigrationRecord, mine: Ownership) -> None:
         txn.rollback(mine.uuid, final.id)
     if txn.volume(mine.uuid).size != offer.size:
         txn.resize(mine.uuid, offer.size)
-    have = {snap.name for snap in txn.snapshots(mine.uuid)}
     for info in record.snapshots:
-        if info.volume == mine.uuid and info.name not in have:
-            txn.add_snapshot(mine.uuid, info.name, _layer(txn, info.segment).id, created_ns=info.created_ns)
+        if info.volume == mine.uuid:
+            _name_snapshot(txn, info)
+
+
+def _name_snapshot(txn: WriteTxn, info: SnapshotInfo) -> None:
+    """One that came with the volume. What has its name here already and is another keeps its content as `name.N`."""
+    layer = _layer(txn, info.segment)
+    have = {snap.name: snap for snap in txn.snapshots(info.volume)}
+    old = have.get(info.name)
+    if old is not None and old.layer == layer.id:
+        return
+    if old is not None:
+        other = next(name for name in (f"{info.name[:120]}.{n}" for n in itertools.count(2)) if name not in have)
+        txn.add_snapshot(info.volume, other, old.layer, created_ns=old.created_ns)
+        txn.remove_snapshot(info.volume, info.name)
+    txn.add_snapshot(info.volume, info.name, layer.id, created_ns=info.created_ns)
+
+
+def left_behind(reader: ReadTxn, record: MigrationRecord | None) -> set[bytes]:
+    """Volumes with named snapshots here that did not travel: left by choice, or of a state that was rolled back."""
+    if record is None:
+        return set()
+    went = {(info.volume, info.name) for info in record.snapshots}
+    uuids = [volume.uuid for volume in record.volumes if reader.has_volume(volume.uuid)]
+    return {uuid for uuid in uuids if any((uuid, snap.name) not in went for snap in reader.snapshots(uuid))}
 
 
 def _forget(txn: WriteTxn, uuid: bytes) -> None:

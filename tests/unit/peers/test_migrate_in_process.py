@@ -286,6 +286,41 @@ async def test_an_id_that_names_no_migration_names_none(tmp_path):
                 await a.call("migration_show", id=text)
 
 
+async def test_a_snapshot_that_was_made_anew_comes_home_and_the_old_one_keeps_another_name(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
+        await a.call("create", name="vm1", size=MIB)
+        await a.write("vm1", 0, b"old" * 4096)
+        await a.call("snapshot", volume="vm1", snapshot="daily")
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
+        await b.call("rm", volume="vm1", snapshot="daily")
+        await b.write("vm1", 0, b"new" * 4096)
+        await b.call("snapshot", volume="vm1", snapshot="daily")
+        await b.call("migrate", names=["vm1"], to=b.a, switchover="now")
+        await a.call("clone", source="vm1", snapshot="daily", new="vm2")
+        await a.call("clone", source="vm1", snapshot="daily.2", new="vm3")
+        assert await a.read("vm2", 0, 12288) == b"new" * 4096
+        assert await a.read("vm3", 0, 12288) == b"old" * 4096
+
+
+@pytest.mark.parametrize("way", ["no-snapshots", "rolled back"])
+async def test_an_old_copy_stays_while_it_has_snapshots_that_did_not_travel(tmp_path, way):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=MIB)
+        await a.call("snapshot", volume="vm1", snapshot="first")
+        if way == "rolled back":
+            await a.write("vm1", 0, b"x" * MIB)
+            await a.call("snapshot", volume="vm1", snapshot="second")
+            await a.call("rollback", volume="vm1", snapshot="first")
+        with_snapshots = way == "rolled back"
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now", retain=0.0, snapshots=with_snapshots)
+        assert [snap["name"] for snap in (await b.call("info", name="vm1"))["snapshots"]] == ["first"] * with_snapshots
+        assert not a.peers._migrations.history._retained
+        assert not [key for key in a.engine.reads.txn.values("host") if key.startswith("retained ")]
+        assert a.role("vm1") == "retired"
+        await a.call("rm", volume="vm1", force=True)
+
+
 async def _postcopy(a, bandwidth=MIB):
     begun = await a.call(
         "migrate", names=["vm1"], to=a.b, switchover="now", mode="postcopy", max_bandwidth=bandwidth, detach=True
