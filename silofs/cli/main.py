@@ -59,7 +59,7 @@ def _as_silo_error(error: BaseException) -> SiloError:
         return NoSuchThing(message, hint="check the path")
     if isinstance(error, PermissionError):
         return NotAuthorised(message, hint="run it as the user that the store belongs to")
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
+    if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
         return UserError(message, hint="check the path")
     if error.errno == 28:  # ENOSPC
         return StoreFull(message)

@@ -34,6 +34,8 @@ def mount_command(app: App, mountpoint: Path, listen: str | None, foreground: bo
     if not (app.store / "data").is_dir():
         from silofs.offline import init
 
+        if not mountpoint.is_dir():  # else a mount that is refused would leave a new store behind
+            raise UserError(f"{mountpoint} is not a directory", hint="make it, or name another mountpoint")
         init(app.store)
         app.note(f"made a store in {app.store}")
     command = launcher.command(app.store, mountpoint, options=",".join(options), listen=listen)

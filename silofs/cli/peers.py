@@ -7,7 +7,7 @@ import click
 from silofs.cli.output import App, table
 from silofs.cli.runner import call
 from silofs.cli.verbs import common
-from silofs.errors import BadName
+from silofs.errors import BadName, NoSuchThing
 from silofs.names import check_name
 
 
@@ -68,6 +68,8 @@ def allow_command(app: App, peer: str, pattern: str, direction: str) -> None:
 @common("peer_rm")
 def rm_command(app: App, name: str, yes: bool) -> None:
     """Forget a paired host. Refused while a volume's record names it."""
+    if not any(peer["name"] == name for peer in call(app.store, "peer_ls", {}, offline=False)["peers"]):
+        raise NoSuchThing(f"there is no peer {name!r}", hint="silofs peer ls lists the paired hosts")
     app.confirm(f"{name} has to be paired anew after this", "forget it", yes=yes)
     app.result(call(app.store, "peer_rm", {"name": name}, offline=False))
     app.note(f"forgot {name}")

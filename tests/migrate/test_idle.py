@@ -79,3 +79,4 @@ def test_a_peer_that_is_away_is_said(tmp_path: Path) -> None:
         assert a.run("migrate", "vm1", "--to", there).returncode == 13
         assert a.run("migrate", "nosuch", "--to", there).returncode == 10
         assert a.run("migrate", "vm1", "--to", "nobody").returncode == 10
+        assert a.run("peer", "rm", "nobody").returncode == 10

@@ -187,7 +187,16 @@ def test_init(silofs: Silofs, tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}", made["fingerprint"])
     assert other.stat().st_mode & 0o777 == 0o700
     assert silofs.fails(11, "init", "--store", other)["code"] == "exists"
+    file = tmp_path / "file"
+    file.write_bytes(b"no directory")
+    assert silofs.fails(2, "init", "--store", file)["hint"] == "check the path"
     assert silofs.ok("--store", str(other), "ls")["volumes"] == []
+
+
+def test_a_mount_that_is_refused_makes_no_store(silofs: Silofs, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    assert silofs.fails(2, "mount", "--store", new, tmp_path / "nowhere")["code"] == "invalid"
+    assert not new.exists()
 
 
 def test_version(either: Silofs) -> None:
