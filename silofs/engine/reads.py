@@ -141,7 +141,12 @@ class Reads(Gatherer):
         self.forwarded += 1
         if volume.gate is Gate.INCOMING:
             with trio.move_on_after(FETCH_DEADLINE_S):
-                data = await self.fetches.remote.forward_read(volume, offset, length)
+                try:
+                    data = await self.fetches.remote.forward_read(volume, offset, length)
+                except PeerError:
+                    if volume.gate_changes == moves:
+                        raise
+                    return None  # the migration was over first: the new role answers
                 return data if volume.gate_changes == moves else None
             raise FetchTimeout(f"the owner of {volume.name} did not answer a read in time")
         with trio.move_on_after(CEDED_READ_WAIT_S):

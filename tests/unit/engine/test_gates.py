@@ -160,6 +160,28 @@ async def test_a_read_that_was_forwarded_before_the_role_changed_is_repeated(
         assert got == [page(5)]
 
 
+async def test_a_read_whose_migration_is_cancelled_is_answered_by_the_new_role(
+    rig: Rig, owner: Owner, autojump_clock: MockClock
+) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(5))
+        await rig.set_role(volume, Role.INCOMING, 0)
+        owner.waits = trio.Event()
+        owner.error = PeerUnreachable("no migration of it is open here")
+        got = []
+
+        async def reader() -> None:
+            got.append(await outcome(read(engine, volume, 0, PAGE)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader)
+            await wait_all_tasks_blocked()
+            await rig.set_role(volume, Role.NONE, 0)
+            owner.waits.set()
+        assert isinstance(got[0], NotOwner)
+
+
 async def test_a_volume_that_has_not_arrived(rig: Rig, owner: Owner, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
