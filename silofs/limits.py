@@ -23,7 +23,7 @@ MAX_READERS = 126  # LMDB reader slots
 SPACE_FLOOR_BYTES = 64 * MIB  # of the store's file system that only deletes and ownership records may use
 
 # The write log (memfd ring) and commits
-LOG_BYTES = 64 * MIB  # ring size; also the bound on what may wait for a commit
+LOG_BYTES = 48 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one
 LOG_RECORD_MAX = 1 * MIB + 4096  # bytes of payload in one record
 COMMIT_BYTES = 16 * MIB  # a background commit starts at this much pending
 COMMIT_AGE_S = 2.0  # or at this age of the oldest pending record
@@ -33,8 +33,8 @@ ADMIT_BYTES = 4 * MIB  # writes are admitted against space asked for in such ste
 HANDLES_MAX = 4096  # open handles per mount
 
 # Caches
-WRITER_LEAVES = 4096  # leaves of heads that the writer keeps between commits, 4 or 8 KiB each
-RESOLVED_LEAVES = 8192  # resolved leaves kept, 4 KiB each: 32 MiB, covers 16 GiB of hot volume
+WRITER_LEAVES = 2048  # leaves of heads that the writer keeps between commits, 4 or 8 KiB each
+RESOLVED_LEAVES = 4096  # resolved leaves kept, 4 KiB each: 16 MiB, covers 8 GiB of hot volume
 READ_THREADS = 8  # cold reads in flight
 WARM_OBJECTS = 65536  # objects believed to be in memory, 124 KiB of pages each: 8 GiB
 WARM_S = 30.0  # what nobody read for this long may have left the page cache: a thread touches it first

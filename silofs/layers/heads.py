@@ -22,10 +22,11 @@ from silofs.layers.catalog import Volume
 from silofs.layers.changes import Changes
 from silofs.layers.schema import Buffer, Refs
 from silofs.layers.warm import Entry
+from silofs.limits import WRITER_LEAVES
 
 Numbers = npt.NDArray[np.int64]
 
-ROWS: Final = 1024  # leaves changed at once: 4 MiB a matrix
+ROWS: Final = 256  # leaves changed at once: 1 MiB a matrix
 ZEROED_KEPT: Final = 256  # leaves of a zeroed range that are kept resolved; those of larger ranges are only named stale
 
 
@@ -65,7 +66,12 @@ class HeadWriter:
             end = int(starts[at + ROWS]) if at + ROWS < len(touched) else len(numbers)
             rows = np.searchsorted(some, of_leaf[first:end])
             flat = (rows << LEAF_SHIFT) | (numbers[first:end] & LEAF_MASK)
-            self._change(some.tolist(), flat, refs[first:end], keep=True)
+            # A commit may touch as many leaves as the log has pages, far more than anybody caches.
+            keep = len(self._txn.warmed) < WRITER_LEAVES
+            if not keep:
+                for leaf in some.tolist():
+                    self.stale.add(leaf, leaf + 1)
+            self._change(some.tolist(), flat, refs[first:end], keep=keep)
 
     def zero(self, first_page: int, end_page: int) -> None:
         """Make a range zero, whatever its length: only leaves that something of the chain has are looked at."""
