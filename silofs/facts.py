@@ -89,7 +89,7 @@ class Facts:
             "chain_depth": len(chain),
             "role": ROLES[ownership.role if ownership is not None else Role.NONE],
             "epoch": 0 if ownership is None else ownership.epoch,
-            "peer": self._view.peer(ownership.peer) if ownership is not None and ownership.peer else None,
+            "peer": self._elsewhere(ownership),
             "remote": sum(layer.remote_pages for layer in chain) * PAGE,
             "lost": sum(layer.lost_pages for layer in chain) * PAGE,
             "open_count": self._view.opens.get(volume.uuid, 0),
@@ -98,6 +98,12 @@ class Facts:
             "modified": rfc3339(volume.mtime_ns),
             "snapshots": [snapshot_fields(snapshot) for snapshot in snapshots],
         }
+
+    def _elsewhere(self, ownership: Ownership | None) -> str | None:
+        """The peer that has a part in the volume now: the old home, which a settled owner's record names, has none."""
+        if ownership is None or not ownership.peer or (ownership.role is Role.OWNER and not ownership.migration):
+            return None
+        return self._view.peer(ownership.peer)
 
     def exclusive(self, volume: Volume, chain: Sequence[Layer]) -> int:
         """Bytes stored for layers of the chain that only this volume and its snapshots reach: what rm would free."""

@@ -171,9 +171,9 @@ def owned(record: Ownership, migration: bytes, peer: bytes, epoch: int, *, retur
 
 
 def settled(record: Ownership, migration: bytes) -> Ownership:
-    """The owner has every page and no migration any more."""
+    """The owner has every page and no migration any more. `peer` stays: the old home, whose readers it answers."""
     assert record.role is Role.OWNER and record.migration == migration
-    return _changed(record, replace(record, migration=b"", peer=b""))
+    return _changed(record, replace(record, migration=b""))
 
 
 def retired(record: Ownership) -> Ownership:

@@ -14,7 +14,7 @@ from silofs.engine import VolumeState
 from silofs.errors import PeerUnreachable, SiloError
 from silofs.layers.catalog import Role
 from silofs.layers.reader import ReadTxn
-from silofs.migrate.messages import ReadAsk, ReadReply
+from silofs.migrate.messages import ReadAsk, ReadReply, VolumeEpoch
 from silofs.migrate.source import SourceMachine
 from silofs.peers import content
 from silofs.peers.hub import Link
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 AGAIN_S = 0.05
 ANSWERS_MAX = 64  # forwarded reads answered at a time
+OVER = bytes(16)  # stands for the migration in a read of a volume whose migration is over
 
 
 class RemoteReads:
@@ -54,31 +55,46 @@ class RemoteReads:
     # Forwarding
 
     async def forward_read(self, volume: VolumeState, offset: int, length: int) -> bytes:
-        """A read that the owner answers. Waits for a session; PeerUnreachable if the migration is over."""
+        """A read that the owner answers. Waits for a session; PeerUnreachable if this store does not know the owner."""
         while True:
             mover = self._mover(volume.uuid)
+            if mover is None:
+                return await self._from_new_home(volume, offset, length)
             link = self._migrations.hub.link(mover.peer)
             if link is None:
                 await self._migrations.hub.wait_moved()
                 continue
-            data = await self._ask(link, mover, volume.uuid, offset, length)
+            volumes = tuple(each for each in mover.machine.volumes if each.uuid == volume.uuid)
+            data = await self._ask(link, mover.id, volumes, offset, length)
             if data is not None:
                 return data
             await trio.sleep(AGAIN_S)
 
-    def _mover(self, uuid: bytes) -> Mover:
-        for mover in self._migrations.movers.values():
-            if uuid in mover.uuids:
-                return mover
-        raise PeerUnreachable("the volume is elsewhere, and no migration of it is open here")
+    def _mover(self, uuid: bytes) -> Mover | None:
+        return next((mover for mover in self._migrations.movers.values() if uuid in mover.uuids), None)
 
-    async def _ask(self, link: Link, mover: Mover, uuid: bytes, offset: int, length: int) -> bytes | None:
+    async def _from_new_home(self, volume: VolumeState, offset: int, length: int) -> bytes:
+        """A read of a volume that has left for good: who it left for answers while it owns it at that epoch."""
+        record = self._migrations.engine.reads.txn.ownership(volume.uuid)
+        if record is None or record.role is not Role.RETIRED or not record.peer:
+            raise PeerUnreachable("the volume is elsewhere, and no migration of it is open here")
+        peer = self._migrations.book.get(bytes.fromhex(record.peer))
+        if peer is None:
+            raise PeerUnreachable("the host that the volume went to is not paired any more")
+        link = await self._migrations.hub.connect(peer)
+        data = await self._ask(link, OVER, (VolumeEpoch(volume.uuid, record.epoch),), offset, length)
+        if data is None:
+            raise PeerUnreachable("the host that the volume went to does not answer for it")
+        return data
+
+    async def _ask(
+        self, link: Link, migration: bytes, volumes: tuple[VolumeEpoch, ...], offset: int, length: int
+    ) -> bytes | None:
         self._request = (self._request + 1) & 0xFFFFFFFF
         key = (link.id, self._request)
         done, answer = trio.Event(), list[bytes | None]()
         self._asked[key] = (done, answer)
-        volumes = tuple(volume for volume in mover.machine.volumes if volume.uuid == uuid)
-        link.session.send(ReadAsk(mover.id, link.id, volumes, self._request, offset, length))
+        link.session.send(ReadAsk(migration, link.id, volumes, self._request, offset, length))
         try:
             await done.wait()
         finally:
@@ -110,8 +126,12 @@ class RemoteReads:
         link.session.send(reply)
 
     async def _read(self, link: Link, message: ReadAsk) -> bytes | None:
+        if len(message.volumes) != 1:
+            return None
+        if message.migration == OVER:
+            return await self._read_owned(link, message)
         mover = self._migrations.movers.get(message.migration)
-        if mover is None or mover.peer != link.peer or len(message.volumes) != 1:
+        if mover is None or mover.peer != link.peer:
             return None
         uuid = message.volumes[0].uuid
         if uuid not in mover.uuids:
@@ -131,3 +151,16 @@ class RemoteReads:
             return content.read_layer(reader, layer.id, message.offset, message.length) if layer is not None else None
 
         return await self._migrations.threads.read(read)
+
+    async def _read_owned(self, link: Link, message: ReadAsk) -> bytes | None:
+        """For the old home of a volume, which keeps a retired copy: only that peer, only at the epoch it left with."""
+        asked = message.volumes[0]
+        record = self._migrations.engine.reads.txn.ownership(asked.uuid)
+        if record is None or record.role is not Role.OWNER:
+            return None
+        if record.epoch != asked.epoch or record.peer != link.peer.hex():
+            return None
+        volume = self._migrations.engine.open_volume(asked.uuid)
+        if not volume.local:
+            return None
+        return bytes(await self._migrations.engine.read(volume, message.offset, message.length))

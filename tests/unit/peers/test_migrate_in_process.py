@@ -205,6 +205,25 @@ async def test_a_retired_copy_goes_when_its_time_is_over_and_the_volume_can_stil
         assert a.engine.reads.txn.ownership(a.engine.reads.txn.volume_by_name("vm1").uuid).epoch == 3
 
 
+async def test_a_retired_copy_shows_what_its_new_home_has_while_that_owns_it(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
+        await a.call("create", name="vm1", size=16 * MIB)
+        await a.write("vm1", 0, b"old" * 4096)
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
+        await until(lambda: not a.peers._migrations.movers and not b.peers._migrations.movers)
+        await b.write("vm1", 0, b"new" * 4096)
+        assert a.role("vm1") == "retired"
+        assert await a.read("vm1", 0, 3 * 4096) == b"new" * 4096
+        assert (await b.call("info", name="vm1"))["peer"] is None, "its old home has no part in it"
+        uuid = b.engine.reads.txn.volume_by_name("vm1").uuid
+        mine = b.engine.reads.txn.ownership(uuid)
+        for stranger in (replace(mine, peer="00" * 16), replace(mine, epoch=mine.epoch + 1)):
+            await b.engine.transact(lambda txn, record=stranger: txn.put_ownership(record))
+            with pytest.raises(NotOwner):
+                await a.read("vm1", 0, 4096)
+
+
 async def test_an_old_copy_is_not_read_after_a_way_back_that_was_cancelled(tmp_path):
     async with two(tmp_path) as (a, b):
         await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
