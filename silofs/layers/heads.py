@@ -120,6 +120,7 @@ class HeadWriter:
                 self.resolved[leaf] = resolved
             else:
                 txn.warmed[head, leaf] = None
+                self.resolved.pop(leaf, None)
 
     def _load(self, leaf: int) -> Entry:
         """(own, resolved) entries of a leaf before the change."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -43,7 +44,13 @@ def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int]
     volumes = layers = 0
     done = total = 0
     complete = False
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
+    with (
+        tempfile.TemporaryFile() as complaints,
+        # A group of its own: ^C is for the caller, which ends the child itself.
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, process_group=0
+        ) as child,
+    ):
         assert child.stdout is not None
         try:
             while len(head := child.stdout.read(LENGTH)) == LENGTH:
@@ -60,14 +67,14 @@ def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int]
         except BaseException:
             child.kill()
             raise
+        status = child.wait()
+        complaints.seek(0)
+        last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
     if not complete:
-        findings.append(Finding("unreadable", _cause_of_death(child.returncode, done, total)))
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        where = f"the check itself died ({cause}) in step {done + 1} of {total}"
+        findings.append(Finding("unreadable", ": ".join([where, *last])))
     return Scrubbed(findings, volumes, layers)
-
-
-def _cause_of_death(status: int, done: int, total: int) -> str:
-    cause = signal.Signals(-status).name if status < 0 else f"status {status}"
-    return f"the check itself died ({cause}) in step {done + 1} of {total}: LMDB's own pages, or the disk, are damaged"
 
 
 def main(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from silofs.blocks import LEAF_PAGES, PAGE
 from silofs.errors import Busy, Damaged, ObjectMissing
-from silofs.layers import schema
+from silofs.layers import heads, schema
 from silofs.layers.pending import Pending
 from silofs.layers.store import CommitResult
 from silofs.layers.transaction import WriteTxn
@@ -144,6 +144,28 @@ def test_large_discards_name_their_leaves_as_stale(rig: Rig) -> None:
     assert committed.record.data_pages == 0
     rig.put(vm, [300 * LEAF_PAGES])
     assert kinds(rig, vm, 300)[0] == schema.LONE
+
+
+def test_leaves_beyond_those_that_are_kept_are_named_stale(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "ROWS", 2)
+    monkeypatch.setattr(heads, "WRITER_LEAVES", 4)
+    vm = volume(rig, 16 * LEAF_PAGES * PAGE)
+    for seed in (1, 2):  # the second time over what the first left, in part from memory
+        rig.zero(vm, 9 * LEAF_PAGES, 9 * LEAF_PAGES + 2)  # resolved, and then overtaken by a leaf that is not kept
+        for leaf in range(10):
+            rig.write(vm, leaf * LEAF_PAGES * PAGE, page_bytes(leaf * LEAF_PAGES, seed))
+        committed = rig.commit().volumes[vm]
+        stale = {leaf for start, end in committed.stale for leaf in range(start, end)}
+        assert set(committed.leaves) | stale == set(range(10))
+        assert stale and not set(committed.leaves) & stale
+        with rig.store.reader() as txn:
+            head = txn.volume(vm).head
+            for leaf, refs in committed.leaves.items():
+                assert (refs == txn.resolve(head, leaf)).all()
+        data = rig.read("vm")
+        for leaf in range(10):
+            assert data[leaf * LEAF_PAGES * PAGE :][:PAGE] == page_bytes(leaf * LEAF_PAGES, seed)
+    assert not rig.findings()
 
 
 def test_writes_beyond_the_end_are_dropped(rig: Rig) -> None:
