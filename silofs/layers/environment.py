@@ -16,7 +16,7 @@ from lmdb import verify
 
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError, Unsupported
-from silofs.layers.schema import ENGINE_MAJOR, TABLES, Table
+from silofs.layers.schema import ENGINE_MAJOR, FORMAT_VERSION, TABLES, Table
 from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, SPACE_FLOOR_BYTES
 
 DATA_FILE: Final = "data.mdb"
@@ -31,9 +31,11 @@ _META: Final = Struct("<16xIIQQI44x48xQQ")
 
 
 class Environment:
-    """One open LMDB environment and its tables."""
+    """One open LMDB environment and its tables: those that a store of that format version has."""
 
-    def __init__(self, path: Path, *, create: bool = False, map_bytes: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, create: bool = False, map_bytes: int | None = None, version: int = FORMAT_VERSION
+    ) -> None:
         self.path = path
         self.data_file = path / DATA_FILE
         self.map_bytes = map_bytes or _map_bytes(path)
@@ -54,7 +56,9 @@ class Environment:
             self.lmdb.reader_check()
             # Not in a read transaction of ours: the handles would be closed with it.
             self.tables: dict[Table, Any] = {
-                table: self.lmdb.open_db(table.name.encode(), create=create) for table in TABLES
+                table: self.lmdb.open_db(table.name.encode(), create=create)
+                for table in TABLES
+                if table.since <= version
             }
         except lmdb.Error as error:
             self.lmdb.close()
@@ -68,6 +72,10 @@ class Environment:
             return self.lmdb.begin(buffers=True)
         except lmdb.Error as error:
             raise StoreBroken(f"the store cannot be read: {error}") from error
+
+    def add_table(self, table: Table, txn: lmdb.Transaction[memoryview]) -> None:
+        """Make a table that this store does not have yet, as part of a transaction."""
+        self.tables[table] = self.lmdb.open_db(table.name.encode(), txn=txn)
 
     def unused_bytes(self, txn: lmdb.Transaction[memoryview]) -> int:
         """Bytes of the file that no table uses: what later transactions can write to before the file grows."""

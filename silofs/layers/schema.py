@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 from silofs.blocks import PAGE
 from silofs.errors import Damaged
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 ENGINE: Final = "lmdb-0.9"  # which of the engines that py-lmdb bundles wrote the file: they cannot read each other's
 ENGINE_MAJOR: Final = 0  # as lmdb.open(lib_version=) wants it
 
@@ -42,6 +42,7 @@ class Table:
     number: int
     counted: bool = False  # a catalog table: State.rows says how many records it has
     key_bytes: int = 0  # length of every key; 0 = they differ
+    since: int = 1  # the format version that brought it: older stores get it, empty, when they are opened
 
 
 META: Final = Table("meta", 1)

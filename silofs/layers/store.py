@@ -18,14 +18,14 @@ from uuid import uuid4
 from weakref import WeakSet
 
 import lmdb
-import msgspec
 
 from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
 from silofs.layers import catalog, schema
-from silofs.layers.catalog import Record, State
+from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page, refuse_network
+from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
@@ -47,14 +47,6 @@ WORST_CASE: Final = 3
 of the tree's."""
 WORST_CASE_FIXED: Final = 4 * MIB
 ADMIT_AGE_S: Final = 0.1  # how old the figure for free space may be
-
-
-class Format(Record, frozen=True, array_like=True):
-    """The first record of a store, and the only one that every version can read."""
-
-    version: int
-    engine: str
-    store: bytes  # uuid
 
 
 class Store:
@@ -112,7 +104,7 @@ class Store:
         """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
 
         NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone), Unsupported (on a
-        network file system). Nothing is made here.
+        network file system). Nothing is made here, but a store of an older version becomes one of this version.
         Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
         """
         mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
@@ -126,7 +118,9 @@ class Store:
         own_fd = _take_lock(path) if lock_fd is None else -1
         try:
             check_file(data / DATA_FILE)
-            found = _look(data)
+            found = read_format(data)
+            if found.version < schema.FORMAT_VERSION:
+                upgrade(data, found)
             environment = Environment(data, map_bytes=map_bytes)
             if verify:
                 with ReadTxn(environment) as txn:
@@ -240,7 +234,7 @@ class Store:
             data = self.path / DATA_DIRECTORY
             _drop_cache(data / DATA_FILE)
             check_file(data / DATA_FILE)
-            _look(data)
+            read_format(data)
             self._environment = Environment(data)
             with ReadTxn(self._environment) as txn:
                 verify_catalog(txn)
@@ -314,30 +308,6 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _look(data: Path) -> Format:
-    """The format record, read without being able to change anything. BadFormat when it is not one of this version."""
-    try:
-        environment = lmdb.Environment(
-            str(data), readonly=True, lock=False, max_dbs=1, lib_version=schema.ENGINE_MAJOR, readahead=False
-        )
-    except lmdb.Error as error:
-        raise BadFormat(f"{data / DATA_FILE} cannot be opened: {error}") from error
-    try:
-        with environment.begin() as txn:
-            table = environment.open_db(schema.META.name.encode(), txn=txn, create=False)
-            value = txn.get(schema.META_FORMAT, db=table)
-    except lmdb.Error as error:
-        raise BadFormat(f"{data / DATA_FILE} is not a store of silofs: {error}") from error
-    finally:
-        environment.close()
-    if value is None:
-        raise BadFormat(f"{data / DATA_FILE} is not a store of silofs")
-    version = msgspec.msgpack.decode(schema.open_record(schema.META, schema.META_FORMAT, value))[0]
-    if version != schema.FORMAT_VERSION:
-        raise BadFormat(f"the store in {data.parent} has format {version}; this silofs knows {schema.FORMAT_VERSION}")
-    return catalog.decode(schema.META, schema.META_FORMAT, value, Format)
 
 
 def _drop_cache(data_file: Path) -> None:
