@@ -16,7 +16,7 @@ import select
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -118,14 +118,15 @@ def load(
     return Loaded(layer, holder, size, read)
 
 
-def let_go(txn: WriteTxn, layer: int, holder: str) -> None:
-    """Give up the hold on a layer; it is removed when nothing else reaches it."""
-    txn.unpin(layer, holder)
+def let_go(txn: WriteTxn, layers: Iterable[int], holder: str) -> None:
+    """Give up the hold on layers; each is removed when nothing else reaches it."""
+    for layer in layers:
+        txn.unpin(layer, holder)
 
 
 def drop(store: Store, layer: int, holder: str) -> None:
     """`let_go` in a transaction of its own."""
-    store.write(lambda txn: let_go(txn, layer, holder))
+    store.write(lambda txn: let_go(txn, [layer], holder))
 
 
 def reap(txn: WriteTxn) -> int:

@@ -1,4 +1,7 @@
-"""The verbs on a store that nobody serves: this process opens it, under its lock, for as long as the verb takes."""
+"""The verbs on a store that nobody serves: this process opens it, under its lock, for as long as the verb takes.
+
+Nobody writes meanwhile, so a volume's head can be read as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from silofs import images, verbs
+from silofs import diffs, images, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
 from silofs.layers.store import Store
@@ -47,6 +50,8 @@ def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progr
         return _import(store, args, view, _one(fds), report)
     if verb == "export":
         return _export(store, args, _one(fds), report)
+    if verb == "diff":
+        return _diff(store, args, _one(fds), report)
     if verb == "check":
         return verbs.check(store, args, report)
     raise NoDaemon(f"{verb} needs the daemon")
@@ -62,14 +67,16 @@ def _import(store: Store, args: Fields, view: View, fd: int, progress: Progress)
 
 
 def _export(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
-    # Nobody writes meanwhile: the head can be read as it is.
-    reader = store.reader()
-    try:
-        layer, size, total = verbs.exported(reader, args)
-    finally:
-        reader.close()
-    written = images.unload(store, layer, size, fd, total=total, progress=progress)
-    return {"size": size, "bytes_written": written}
+    with contextlib.closing(store.reader()) as reader:
+        state = verbs.exported(reader, args)
+    written = images.unload(store, state.layer, state.size, fd, total=state.data_bytes, progress=progress)
+    return {"size": state.size, "bytes_written": written}
+
+
+def _diff(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
+    with contextlib.closing(store.reader()) as reader:
+        old, new = verbs.compared(reader, args)
+    return diffs.write(store, old, new, fd, progress=progress)
 
 
 def _one(fds: Sequence[int]) -> int:

@@ -1,55 +1,28 @@
-"""The verbs inside the daemon: short ones as transactions of the engine, long ones in a thread beside it.
+"""The verbs inside the daemon: short ones as transactions of the engine, long ones in a thread (transfers.py).
 
-The functions are those of silofs.verbs and silofs.images, which also run without a daemon; here is only what the daemon
-adds: a transaction that commits the volumes' pending writes first, progress, and cancelling. Other parts of the daemon
+The functions are those of silofs.verbs, which also run without a daemon; here is only what the daemon adds: a
+transaction that commits the volumes' pending writes first, progress, and cancelling. Other parts of the daemon
 register the verbs that are theirs (restart, peers, migrations).
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
 
 import trio
 
-from silofs import images, verbs
+from silofs import verbs
 from silofs.control import Call, Handler
-from silofs.engine.volume import VolumeState
-from silofs.errors import StoreError, Unsupported, UserError
+from silofs.errors import StoreError, Unsupported
 from silofs.facts import Fields, View
 from silofs.layers.catalog import Volume
-from silofs.layers.log import WriteLog
-from silofs.layers.store import Store
-from silofs.layers.transaction import WriteTxn
+from silofs.transfers import Transfers, Volumes, in_thread
 from silofs.verbs import Args
 
-T = TypeVar("T")
-
-REPORT_S = 0.25  # between two progress lines of work that runs in a thread
-CHANGES = frozenset({"snapshot", "clone", "rm", "rollback", "rename", "resize"})
-
-
-class Volumes(Protocol):
-    """What the service needs of silofs.engine.Engine."""
-
-    @property
-    def store(self) -> Store: ...
-
-    @property
-    def log(self) -> WriteLog: ...
-
-    @property
-    def dirty_bytes(self) -> int: ...
-
-    def volumes(self) -> Iterable[VolumeState]: ...
-
-    def shown(self, record: Volume) -> tuple[Volume, int, int]: ...
-
-    async def transact(self, fn: Callable[[WriteTxn], T]) -> T: ...
+CHANGES: Final = frozenset({"snapshot", "clone", "rm", "rollback", "rename", "resize"})
 
 
 class Host(Protocol):
@@ -74,7 +47,6 @@ class Service:
         self.before_change: Callable[[str, str], Awaitable[None]] | None = None
         self._engine = engine
         self._host = host
-        self._loads = 0  # imports and exports under way
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         for verb in verbs.READS:
             self._handlers[verb] = (self._reads(verb), True)
@@ -83,8 +55,10 @@ class Service:
         self.register("status", self._status)
         self.register("restart", self._restart)
         self.register("sync", self._sync)
-        self.register("import", self._import, cancellable=True)
-        self.register("export", self._export, cancellable=True)
+        transfers = Transfers(engine, self.view)
+        self.register("import", transfers.load, cancellable=True)
+        self.register("export", transfers.unload, cancellable=True)
+        self.register("diff", transfers.diff, cancellable=True)
         self.register("check", self._check, cancellable=True)
 
     def register(self, verb: str, handler: Handler, *, cancellable: bool = False) -> None:
@@ -170,103 +144,5 @@ class Service:
         store = self._engine.store
         return await in_thread(call, lambda progress, cancelled: verbs.check(store, args, progress, cancelled))
 
-    async def _import(self, args: Args, call: Call) -> Fields:
-        fd, store, view = _one(call), self._engine.store, self.view()
-        verbs.name_in(args, "name")
-        wanted = verbs.optional_size(args, "size")
-        loaded: images.Loaded | None = None
 
-        def load(progress: images.Progress, cancelled: images.Cancelled) -> None:
-            nonlocal loaded
-            batch = images.SHARED_BATCH_BYTES
-            loaded = images.load(store, fd, wanted, progress=progress, cancelled=cancelled, batch_bytes=batch)
-
-        await self._reap()
-        self._loads += 1
-        try:
-            await in_thread(call, load)
-            held, loaded = loaded, None
-            assert held is not None
-            try:
-                return await self._engine.transact(lambda txn: verbs.adopt(txn, args, view, held))
-            except BaseException:
-                loaded = held
-                raise
-        finally:
-            self._loads -= 1
-            if loaded is not None:
-                left = loaded
-                with trio.CancelScope(shield=True):
-                    await self._engine.transact(lambda txn: images.let_go(txn, left.layer, left.holder))
-
-    async def _export(self, args: Args, call: Call) -> Fields:
-        fd, store = _one(call), self._engine.store
-        holder = images.PIN_EXPORT + uuid.uuid4().hex
-
-        def hold(txn: WriteTxn) -> tuple[int, int, int]:
-            # The head goes on changing: what is exported is sealed first, as for a clone.
-            layer, size, total = verbs.exported(txn, args)
-            txn.pin(layer, holder)
-            return layer, size, total
-
-        self._loads += 1
-        try:
-            layer, size, total = await self._engine.transact(hold)
-            try:
-                written = await in_thread(
-                    call,
-                    lambda progress, cancelled: images.unload(
-                        store, layer, size, fd, total=total, progress=progress, cancelled=cancelled
-                    ),
-                )
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._engine.transact(lambda txn: images.let_go(txn, layer, holder))
-        finally:
-            self._loads -= 1
-        return {"size": size, "bytes_written": written}
-
-    async def _reap(self) -> None:
-        """Drop what a daemon that was killed had loaded; nobody but this daemon can have work under way."""
-        if not self._loads:
-            await self._engine.transact(images.reap)
-
-
-_SUBJECT = {"clone": "source", "rename": "old", "resize": "name"}
-
-
-def _one(call: Call) -> int:
-    if len(call.fds) != 1:
-        raise UserError("this verb takes one open file")
-    return call.fds[0]
-
-
-async def in_thread(call: Call, work: Callable[[images.Progress, images.Cancelled], T]) -> T:
-    """Run long synchronous work in a thread; its progress goes to the client, and a cancel makes it stop by itself."""
-    latest: list[Fields] = []  # the newest report, or nothing; one list operation each side
-    stop = threading.Event()
-    done: list[T] = []
-    failed: list[Exception] = []
-
-    def note(fields: Fields) -> None:
-        latest[:] = [fields]
-
-    async def report() -> None:
-        try:
-            while True:
-                await trio.sleep(REPORT_S)
-                if latest:
-                    await call.progress(**latest.pop())
-        finally:
-            stop.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(report)
-        try:
-            done.append(await trio.to_thread.run_sync(work, note, stop.is_set))
-        except Exception as error:
-            failed.append(error)
-        nursery.cancel_scope.cancel()
-    if failed:
-        raise failed[0]
-    return done[0]
+_SUBJECT: Final = {"clone": "source", "rename": "old", "resize": "name"}

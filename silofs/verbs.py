@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from silofs.blocks import PAGE
@@ -226,15 +227,36 @@ def adopt(txn: WriteTxn, args: Args, view: View, loaded: Loaded) -> Fields:
     return {**Facts(txn, view).info(made), "bytes_read": loaded.bytes_read}
 
 
-def exported(txn: ReadTxn, args: Args) -> tuple[int, int, int]:
-    """(layer, size, bytes of data) of what an export is to write; in a WriteTxn a head is sealed first."""
-    name, snapshot = name_in(args, "volume"), optional_name(args, "snapshot")
-    volume = owned(txn, name, "an export")
+@dataclass(frozen=True)
+class State:
+    """A volume or snapshot as it was at one moment: what an export writes and a diff compares."""
+
+    name: str  # as it was asked for: vm1, vm1@daily
+    layer: int
+    size: int  # bytes
+    data_bytes: int
+
+
+def state_of(txn: ReadTxn, name: str, snapshot: str | None, what: str) -> State:
+    """That state of a volume; in a WriteTxn its head is sealed first, since it goes on changing."""
+    volume = owned(txn, name, what)
     if snapshot is None:
         layer = txn.seal(volume.uuid).id if isinstance(txn, WriteTxn) else volume.head
-        return layer, volume.size, volume.data_pages * PAGE
+        return State(name, layer, volume.size, volume.data_pages * PAGE)
     taken = txn.find_snapshot(volume.uuid, snapshot)
-    return taken.layer, taken.size, taken.data_pages * PAGE
+    return State(f"{name}@{snapshot}", taken.layer, taken.size, taken.data_pages * PAGE)
+
+
+def exported(txn: ReadTxn, args: Args) -> State:
+    """What an export is to write."""
+    return state_of(txn, name_in(args, "volume"), optional_name(args, "snapshot"), "an export")
+
+
+def compared(txn: ReadTxn, args: Args) -> list[State]:
+    """The two states of a diff, the older one first. Without a second one the first one's volume as it is now."""
+    name = name_in(args, "volume")
+    old = state_of(txn, name, name_in(args, "snapshot"), "a diff")
+    return [old, state_of(txn, optional_name(args, "other") or name, optional_name(args, "other_snapshot"), "a diff")]
 
 
 def rollback(txn: WriteTxn, args: Args, view: View) -> Fields:

@@ -32,6 +32,7 @@ VERBS = {
     "snapshot": "volumes",
     "clone": "volumes",
     "rollback": "volumes",
+    "diff": "diffs",
     "rm": "volumes",
     "rename": "volumes",
     "resize": "volumes",

@@ -363,14 +363,14 @@ def test_arguments_that_no_client_of_ours_sends(silofs: Silofs) -> None:
     before = silofs.ok("ls")
     seen = set()
     with daemon(silofs.store), open("/dev/null") as null:
-        for verb in (*READS, *WRITES, "import", "export", "check", "status", "nosuch"):
+        for verb in (*READS, *WRITES, "import", "export", "diff", "check", "status", "nosuch"):
             for wrong in WRONG:
                 sock = connect(silofs.store)
                 assert sock is not None
                 args = dict.fromkeys(ARGUMENTS, wrong)
                 with sock:
                     try:
-                        request(sock, verb, args, fds=[null.fileno()] * (verb in ("import", "export")))
+                        request(sock, verb, args, fds=[null.fileno()] * (verb in ("import", "export", "diff")))
                         assert verb in ("ls", "df", "du", "count", "status", "check"), (verb, wrong)
                     except SiloError as error:
                         assert error.exit_code in (2, 10), (verb, wrong, error)

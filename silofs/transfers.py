@@ -1,0 +1,174 @@
+"""Verbs that take long, in the daemon: import, export and diff. The work runs in a thread beside the event loop.
+
+What is read stands still meanwhile: a volume's head is sealed first, as for a clone, and the layers are pinned under
+one holder until the work is over. Pins of a daemon that was killed are let go by the next import (images.reap).
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar
+
+import trio
+
+from silofs import diffs, images, verbs
+from silofs.control import Call
+from silofs.engine.volume import VolumeState
+from silofs.errors import UserError
+from silofs.facts import Fields, View
+from silofs.layers.catalog import Volume
+from silofs.layers.log import WriteLog
+from silofs.layers.store import Store
+from silofs.layers.transaction import WriteTxn
+from silofs.verbs import Args, State
+
+T = TypeVar("T")
+
+REPORT_S = 0.25  # between two progress lines of work that runs in a thread
+
+
+class Volumes(Protocol):
+    """What verbs in the daemon need of silofs.engine.Engine."""
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def log(self) -> WriteLog: ...
+
+    @property
+    def dirty_bytes(self) -> int: ...
+
+    def volumes(self) -> Iterable[VolumeState]: ...
+
+    def shown(self, record: Volume) -> tuple[Volume, int, int]: ...
+
+    async def transact(self, fn: Callable[[WriteTxn], T]) -> T: ...
+
+
+class Transfers:
+    """Handlers of `import`, `export` and `diff`."""
+
+    def __init__(self, engine: Volumes, view: Callable[[], View]) -> None:
+        self._engine = engine
+        self._view = view
+        self._running = 0  # of them
+
+    async def load(self, args: Args, call: Call) -> Fields:
+        """`import`: an image into a layer, then a volume on it."""
+        fd, store, view = one_file(call), self._engine.store, self._view()
+        verbs.name_in(args, "name")
+        wanted = verbs.optional_size(args, "size")
+        loaded: images.Loaded | None = None
+
+        def work(progress: images.Progress, cancelled: images.Cancelled) -> None:
+            nonlocal loaded
+            batch = images.SHARED_BATCH_BYTES
+            loaded = images.load(store, fd, wanted, progress=progress, cancelled=cancelled, batch_bytes=batch)
+
+        await self._reap()
+        self._running += 1
+        try:
+            await in_thread(call, work)
+            held, loaded = loaded, None
+            assert held is not None
+            try:
+                return await self._engine.transact(lambda txn: verbs.adopt(txn, args, view, held))
+            except BaseException:
+                loaded = held
+                raise
+        finally:
+            self._running -= 1
+            if loaded is not None:
+                left = loaded
+                with trio.CancelScope(shield=True):
+                    await self._engine.transact(lambda txn: images.let_go(txn, [left.layer], left.holder))
+
+    async def unload(self, args: Args, call: Call) -> Fields:
+        """`export`: a volume or a snapshot as a raw image."""
+        fd, store = one_file(call), self._engine.store
+        async with self._held(lambda txn: [verbs.exported(txn, args)]) as (state,):
+            written = await in_thread(
+                call,
+                lambda progress, cancelled: images.unload(
+                    store, state.layer, state.size, fd, total=state.data_bytes, progress=progress, cancelled=cancelled
+                ),
+            )
+        return {"size": state.size, "bytes_written": written}
+
+    async def diff(self, args: Args, call: Call) -> Fields:
+        """`diff`: the changed extents go into the caller's file."""
+        fd, store = one_file(call), self._engine.store
+        async with self._held(lambda txn: verbs.compared(txn, args)) as (old, new):
+            return await in_thread(
+                call,
+                lambda progress, cancelled: diffs.write(store, old, new, fd, progress=progress, cancelled=cancelled),
+            )
+
+    @asynccontextmanager
+    async def _held(self, choose: Callable[[WriteTxn], list[State]]) -> AsyncIterator[list[State]]:
+        """What `choose` finds in a transaction that commits all pending writes, held until the block ends."""
+        holder = images.PIN_EXPORT + uuid.uuid4().hex
+
+        def hold(txn: WriteTxn) -> list[State]:
+            states = choose(txn)
+            for state in states:
+                txn.pin(state.layer, holder)
+            return states
+
+        self._running += 1
+        try:
+            states = await self._engine.transact(hold)
+            try:
+                yield states
+            finally:
+                layers = {state.layer for state in states}
+                with trio.CancelScope(shield=True):
+                    await self._engine.transact(lambda txn: images.let_go(txn, layers, holder))
+        finally:
+            self._running -= 1
+
+    async def _reap(self) -> None:
+        """Drop what a daemon that was killed had loaded; nobody but this daemon can have work under way."""
+        if not self._running:
+            await self._engine.transact(images.reap)
+
+
+def one_file(call: Call) -> int:
+    if len(call.fds) != 1:
+        raise UserError("this verb takes one open file")
+    return call.fds[0]
+
+
+async def in_thread(call: Call, work: Callable[[images.Progress, images.Cancelled], T]) -> T:
+    """Run long synchronous work in a thread; its progress goes to the client, and a cancel makes it stop by itself."""
+    latest: list[Fields] = []  # the newest report, or nothing; one list operation each side
+    stop = threading.Event()
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def note(fields: Fields) -> None:
+        latest[:] = [fields]
+
+    async def report() -> None:
+        try:
+            while True:
+                await trio.sleep(REPORT_S)
+                if latest:
+                    await call.progress(**latest.pop())
+        finally:
+            stop.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report)
+        try:
+            done.append(await trio.to_thread.run_sync(work, note, stop.is_set))
+        except Exception as error:
+            failed.append(error)
+        nursery.cancel_scope.cancel()
+    if failed:
+        raise failed[0]
+    return done[0]
