@@ -30,6 +30,12 @@ COMMIT_AGE_S = 2.0  # or at this age of the oldest pending record
 COMMIT_LEAVES = 4096  # or at this many leaves touched
 COMMIT_RETRY_S = 1.0  # after a commit failed
 ADMIT_BYTES = 4 * MIB  # writes are admitted against space asked for in such steps
+STEP_S = 0.01  # of the writer's time that one step of background work takes, and a waiting fsync with it
+STEP_LEAVES = 256  # leaves that it looks at or changes
+STEP_PAGES = 1024  # pages that it stores again (4 MiB)
+BACKGROUND_SHARE = 0.5  # of the time that background work takes at most while it has no hurry
+BACKGROUND_WAIT_S = 10.0  # when there was nothing to do and nothing was committed since, it looks again after this long
+BACKGROUND_RETRY_S = 10.0  # after a step failed, times the failures in a row
 HANDLES_MAX = 4096  # open handles per mount
 
 # Caches

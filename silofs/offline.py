@@ -12,6 +12,7 @@ from pathlib import Path
 from silofs import diffs, images, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
+from silofs.layers.rewrite import Reap, drain
 from silofs.layers.store import Store
 
 Progress = Callable[[Fields], None]
@@ -44,7 +45,9 @@ def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progr
         finally:
             reader.close()
     if verb in verbs.WRITES:
-        return store.write(lambda txn: verbs.WRITES[verb](txn, args, view))
+        done = store.write(lambda txn: verbs.WRITES[verb](txn, args, view))
+        drain(store, [Reap()])
+        return done
     if verb == "import":
         store.write(images.reap)
         return _import(store, args, view, _one(fds), report)

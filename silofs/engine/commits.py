@@ -31,6 +31,7 @@ from silofs.errors import SiloError, StoreBroken, StoreError
 from silofs.layers.commit import CommitResult
 from silofs.layers.log import Mark, WriteLog
 from silofs.layers.pending import Pending
+from silofs.layers.rewrite import Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES, COMMIT_RETRY_S
@@ -178,6 +179,25 @@ class Commits:
             with trio.CancelScope(shield=True):
                 value = await self._commit(fn)
         return cast(T, value)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a commit runs, waits, or failed."""
+        return self._lock.locked() or self.failed is not None
+
+    async def step(self, policy: Policy) -> Stepped:
+        """A step of background work, between commits, and published. Reads see the store before or after it."""
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                stepped = await self._threads.wait(self._store.step(policy))
+                failpoints.hit("rewrite.durable")
+                if stepped.changed:
+                    # No await in here: leaves as they now are belong to the snapshot as it now is.
+                    self._reads.forget_everywhere(stepped.chilled)
+                    self._reads.renew()
+                    if stepped.layers:
+                        self.refresh(())
+        return stepped
 
     async def resize(self, volume: VolumeState, size: int) -> None:
         """Change the volume's size. Its mutations wait meanwhile, so none lands on the far side of a shrink."""

@@ -13,6 +13,7 @@ import trio
 from msgspec import structs
 
 from silofs.blocks import LEAF_BYTES, PAGE
+from silofs.engine.background import Background
 from silofs.engine.commits import Commits
 from silofs.engine.gather import ZEROS
 from silofs.engine.reads import Reads
@@ -46,6 +47,7 @@ class Engine:
         self.reads = Reads(store, log.ring, self._threads, self._fetches)
         self.commits = Commits(store, log, self.reads, self._threads)
         self.commits.refresh = self._refresh
+        self.background = Background(store, self.commits, self._quiet)
         self.writes = Writes(log, self.reads, self.commits)
         self._volumes: dict[bytes, VolumeState] = {}
         self._layers: dict[int, VolumeState] = {}
@@ -72,7 +74,12 @@ class Engine:
             self._fetches.nursery = nursery
             nursery.start_soon(self.commits.run)
             nursery.start_soon(self._age)
+            nursery.start_soon(self.background.run)
             task_status.started()
+
+    def _quiet(self) -> bool:
+        """Whether background work may run: not while a volume is frozen, whose switch-over would have to wait."""
+        return not any(volume.frozen for volume in self._volumes.values())
 
     async def _age(self) -> None:
         while True:
@@ -238,9 +245,7 @@ class Engine:
     def _refresh(self, chilled: Iterable[int]) -> None:
         """Called in the step that publishes a transaction. `chilled`: leaves that changed below heads."""
         self.catalog_version += 1
-        for number in chilled:
-            for volume in (*self._volumes.values(), *self._layers.values()):
-                self.reads.forget_leaves(volume, number, number + 1)
+        self.reads.forget_everywhere(chilled)
         txn = self.reads.txn
         for volume in self._volumes.values():
             self._reload(volume, txn)
@@ -298,6 +303,7 @@ class Engine:
             "reads": self.reads.statistics(),
             "writes": self.writes.statistics(),
             "commits": self.commits.statistics(),
+            "background": self.background.statistics(),
             "log": self.log.statistics(),
         }
 

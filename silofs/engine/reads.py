@@ -5,6 +5,9 @@ What can be answered at once is answered by gather.py. Here, what it misses is b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 import trio
 
 from silofs.blocks import LEAF_PAGES, LEAF_SHIFT
@@ -19,6 +22,8 @@ from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import DATA, KIND_MASK, LONE, Refs
 from silofs.layers.store import Store
 from silofs.limits import CEDED_READ_WAIT_S, FETCH_DEADLINE_S
+
+LEAF_OF_KEY: Final = (1 << KEY_SHIFT) - 1
 
 
 class Reads(Gatherer):
@@ -192,6 +197,17 @@ class Reads(Gatherer):
         for key in self._resolving:
             if start <= key < stop:
                 self._resolving.spoil(key)
+
+    def forget_everywhere(self, numbers: Iterable[int]) -> None:
+        """These leaves may be different now, in whatever volume."""
+        wanted = frozenset(numbers)
+        if wanted:
+            for key in self.leaves:
+                if key & LEAF_OF_KEY in wanted:
+                    self.leaves.drop(key)
+            for key in self._resolving:
+                if key & LEAF_OF_KEY in wanted:
+                    self._resolving.spoil(key)
 
     def forget(self, volume: VolumeState) -> None:
         self.forget_leaves(volume, 0, 1 << KEY_SHIFT)

@@ -37,6 +37,7 @@ class Changes(ObjectChanges):
         self.warm = warm
         self.warmed: dict[tuple[int, int], Entry | None] = {}  # for `warm`, once this is committed; None: forget
         self.chilled: set[int] = set()  # leaves to drop from `warm`, because a layer below a head changed
+        self.layers_changed = False  # layers came, went or were put together
         self._changed_layers: set[int] = set()
         self._changed_bitmaps: dict[tuple[int, int], bytearray] = {}
 
@@ -200,6 +201,25 @@ class Changes(ObjectChanges):
         if before[schema.DATA] or before[schema.LONE]:
             self.release(old)
 
+    def exchange(self, layer_id: int, leaf: int, at: npt.NDArray[np.intp], old: Refs, new: Refs) -> int:
+        """Entries `at` of a leaf become `new` where they are `old`, and what they referred to is released; how many.
+
+        Where they are not, `new` is released. Damaged when the leaf cannot be read: then nothing of it is moved.
+        """
+        own = self.own_leaf(layer_id, leaf)
+        if own is None:
+            own = leaves.HOLES
+        same = own[at] == old
+        if not same.all():
+            self.release(new[~same])
+        if same.any():
+            row = own.copy()
+            row[at[same]] = new[same]
+            self.account(layer_id, old[same], new[same])
+            self.put_leaves(layer_id, [leaf], row.reshape(1, -1), [bool(own.any())])
+            self.chill_leaf(leaf)
+        return int(np.count_nonzero(same))
+
     def drop_leaves(self, layer_id: int, most: int) -> bool:
         """Remove up to `most` leaves of a layer, and what only they refer to; whether none is left."""
         found: list[tuple[bytes, Refs]] = []
@@ -239,6 +259,7 @@ class Changes(ObjectChanges):
     def drop_layer(self, layer_id: int) -> None:
         """Remove the records of a layer without leaves."""
         layer = self.layer(layer_id)
+        self.layers_changed = True
         for table in (schema.PRESENCE, schema.LEAF_SUM):
             for key in [key for key, _ in self.scan(table, catalog.layer_key(layer_id))]:
                 self._delete(table, key)

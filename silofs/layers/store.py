@@ -29,6 +29,7 @@ from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
+from silofs.layers.rewrite import Budget, Policy, Stepped, take
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.writer import Writer
 from silofs.limits import MIB
@@ -132,13 +133,8 @@ class Store:
         return cls(path, environment, found.store, own_fd)
 
     def _start_writer(self) -> None:
-        doomed = bool(self._environment_state().rows.get(schema.DOOMED.name))
-        self._writer = Writer(self._environment, self._gate, doomed=doomed)
+        self._writer = Writer(self._environment, self._gate)
         self.write(lambda txn: txn.count(opens=txn.state.opens + 1))
-
-    def _environment_state(self) -> State:
-        with ReadTxn(self._environment) as txn:
-            return txn.state
 
     def close(self) -> None:
         """Finish what was submitted; end every reader; let go of the lock. Idempotent."""
@@ -192,6 +188,10 @@ class Store:
 
         return self.submit(run)
 
+    def step(self, policy: Policy, **budget: float) -> Future[Stepped]:
+        """One step of a policy, in a transaction of its own. `budget`: as for `Budget`."""
+        return self.submit(lambda txn: take(policy, txn, Budget(**budget)))  # type: ignore[arg-type]
+
     def admit(self, nbytes: int) -> None:
         """StoreFull unless `nbytes` (all that is acknowledged and not committed, and the new write) fits at worst."""
         needed = nbytes * WORST_CASE + WORST_CASE_FIXED
@@ -220,6 +220,11 @@ class Store:
     def broken(self) -> bool:
         """Whether LMDB failed, so that nothing is written until `reopen`."""
         return self._writer.broken is not None
+
+    @property
+    def commits(self) -> int:
+        """Transactions that have changed something since the store was opened."""
+        return self._writer.commits
 
     def reopen(self) -> None:
         """After an error of LMDB: open the file anew, look at what reached the disk, and commit twice.

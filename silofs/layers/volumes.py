@@ -2,7 +2,7 @@
 
 A seal, and so a snapshot and a clone, changes a handful of records whatever the volume's size. What goes with the
 size of something: shrinking (leaves of the chain beyond the new size) and dropping a layer (its own leaves; beyond
-`DROP_LEAVES` of them that is left to `reap`, a bounded step that the store repeats between transactions).
+`DROP_LEAVES` of them that is left to `reap`, bounded steps in the background).
 """
 
 from __future__ import annotations
@@ -319,14 +319,14 @@ class VolumeChanges(Changes):
             self.change_layer(parent, children=self.layer(parent).children - 1)
             self.drop_if_free(parent)
 
-    def reap(self) -> bool:
-        """One bounded step of removing a doomed layer; whether there may be more to do."""
+    def reap(self, most: int = DROP_LEAVES) -> bool:
+        """Remove up to `most` leaves of a doomed layer; whether there may be more to do."""
         for key, _ in self.scan(schema.DOOMED):
             layer_id = schema.KEY.unpack(key)[0]
             break
         else:
             return False
-        if self.drop_leaves(layer_id, DROP_LEAVES):
+        if self.drop_leaves(layer_id, most):
             self.delete_record(schema.DOOMED, catalog.layer_key(layer_id))
             self._drop_emptied(layer_id)
         return True

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-REAP_PAUSE_S: Final = 0.005  # between steps of removing doomed layers, for commits to come first
 GROW_WAIT_S: Final = 5.0  # for readers to end, when the map must grow
 SPOILT: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError)
 FULL_BYTES: Final = 2 * MIB  # with less than this free, an error of LMDB's is taken for a full disk (it says EIO)
@@ -38,11 +37,10 @@ FULL_BYTES: Final = 2 * MIB  # with less than this free, an error of LMDB's is t
 class Writer:
     """Runs functions, each in one durable transaction, in the order in which they were submitted."""
 
-    def __init__(self, environment: Environment, gate: Gate, *, doomed: bool) -> None:
+    def __init__(self, environment: Environment, gate: Gate) -> None:
         self._environment = environment
         self._gate = gate
         self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._doomed = doomed
         self.warm = WarmLeaves(WRITER_LEAVES)
         self.broken: StoreBroken | None = None
         self.unused_bytes = 0  # of the file, as of the last commit
@@ -63,11 +61,7 @@ class Writer:
 
     def _run(self) -> None:
         while True:
-            try:
-                job = self._queue.get(timeout=REAP_PAUSE_S if self._doomed and not self.broken else None)
-            except queue.Empty:
-                self._reap()
-                continue
+            job = self._queue.get()
             if job is None:
                 return
             function, future = job
@@ -77,13 +71,6 @@ class Writer:
                 future.set_result(self._transact(function))
             except BaseException as error:
                 future.set_exception(error)
-
-    def _reap(self) -> None:
-        try:
-            self._doomed = self._transact(lambda txn: txn.reap())
-        except (SiloError, lmdb.Error) as error:
-            log.error("removed layers keep their space until the next start: %s", error)
-            self._doomed = False
 
     def _transact(self, function: Callable[[WriteTxn], T]) -> T:
         """One transaction; again in a larger map when this one was full."""
@@ -123,11 +110,10 @@ class Writer:
             txn.abort()
             raise
         self.unused_bytes = unused
-        self.commits += 1
+        self.commits += bool(write.keys_changed)
         self.commit_seconds += time.monotonic() - started
         self.warm.drop_leaves(write.chilled)
         self.warm.update(write.warmed)
-        self._doomed = self._doomed or bool(write.state.rows.get("doomed"))
         return value
 
     def _diagnose(self, error: lmdb.Error) -> SiloError:

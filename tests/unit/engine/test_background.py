@@ -1,0 +1,101 @@
+"""Background work beside reads and writes: seen at once, not in the way of a switch-over, harmless when it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from silofs.engine.background import Background
+from silofs.layers.rewrite import Budget, Policy, rewrite
+from tests.unit.engine.rig import Rig, page, read, write
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path / "store")
+
+
+class Moving(Policy):
+    """Moves page 0 of a head to another place, again and again."""
+
+    name = "moving"
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.steps = 0
+
+    def step(self, txn: Any, budget: Budget) -> bool:
+        self.steps += 1
+        own = txn.own_leaf(self.head, 0)
+        if own is None or not own[0]:
+            return False
+        old = int(own[0])
+        new = txn.store_pages(self.head, [0], [bytes(txn.page(old))])
+        assert rewrite(txn, [(self.head, 0, old, int(new[0]))]) == 1
+        return True
+
+
+class Failing(Policy):
+    name = "failing"
+
+    def step(self, txn: Any, budget: Budget) -> bool:
+        raise RuntimeError("a bug")
+
+
+async def test_what_is_moved_under_reads_and_writes_stays_what_was_written(rig: Rig) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        policy = Moving(volume.head)
+        background = Background(rig.store, engine.commits, lambda: True, [policy])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background.run)
+            for number in range(200):
+                await write(engine, volume, 0, page(number))
+                if number % 3 == 0:
+                    await engine.flush(volume)
+                await trio.sleep(0.001)
+                assert await read(engine, volume, 0, 4096) == page(number)
+            await engine.flush(volume)
+            nursery.cancel_scope.cancel()
+        assert policy.steps > 10
+        assert await read(engine, volume, 0, 4096) == page(199)
+
+
+async def test_nothing_moves_while_a_volume_is_frozen(rig: Rig) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        await engine.flush(volume)
+        policy = Moving(volume.head)
+        engine.freeze(volume.uuid)
+        background = Background(rig.store, engine.commits, engine._quiet, [policy])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background.run)
+            await trio.sleep(0.05)
+            assert policy.steps == 0
+            engine.thaw(volume.uuid)
+            with trio.fail_after(5):
+                while policy.steps == 0:
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_policy_that_fails_is_left_alone_for_a_while(rig: Rig) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        await engine.flush(volume)
+        moving = Moving(volume.head)
+        background = Background(rig.store, engine.commits, lambda: True, [Failing(), moving])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background.run)
+            with trio.fail_after(5):
+                while moving.steps < 5:
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        assert background.turns[0].failures == 1
+        assert not engine.store.broken
+        assert await read(engine, volume, 0, 4096) == page(1)
