@@ -290,7 +290,7 @@ class Changes(ObjectChanges):
         for layer_id in sorted(self._changed_layers):
             layer = self._layers[layer_id]
             self.put_record(schema.LAYER, catalog.layer_key(layer_id), layer)
-        if self.keys_changed:
+        if self.changed:
             self.count(txn=self.txn_id)
             payload = catalog.encode(schema.META, schema.META_STATE, self._counters)
             self._put(schema.META, schema.META_STATE, payload)

@@ -20,10 +20,15 @@ class Puts(ReadTxn):
     def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview]) -> None:
         super().__init__(environment, txn)
         self.keys_changed = 0  # puts and deletes so far
-        self._counters = super().state
+        self._counters = self._counters_before = super().state
 
     def renew(self) -> None:
         raise AssertionError("a write transaction is one function call")
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self.keys_changed) or self._counters is not self._counters_before
 
     # Keys
 

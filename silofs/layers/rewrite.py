@@ -112,9 +112,9 @@ class Stepped:
 def take(policy: Policy, txn: WriteTxn, budget: Budget) -> Stepped:
     """One step, as a function for `Store.submit`."""
     more = policy.step(txn, budget)
-    if txn.keys_changed:
+    if txn.changed:
         failpoints.hit("rewrite.before_commit")
-    return Stepped(more, frozenset(txn.chilled), bool(txn.keys_changed), txn.layers_changed)
+    return Stepped(more, frozenset(txn.chilled), txn.changed, txn.layers_changed)
 
 
 DRAIN_STEPS: Final = 100_000  # a policy that never ends is a bug

@@ -110,7 +110,7 @@ class Writer:
             txn.abort()
             raise
         self.unused_bytes = unused
-        self.commits += bool(write.keys_changed)
+        self.commits += write.changed
         self.commit_seconds += time.monotonic() - started
         self.warm.drop_leaves(write.chilled)
         self.warm.update(write.warmed)

@@ -277,3 +277,13 @@ def test_a_transaction_belongs_to_its_function(made: Path) -> None:
             kept[0].volumes()
         with pytest.raises(AssertionError):
             kept[0].renew()
+
+
+def test_opening_commits(rig: Rig) -> None:
+    """A store that was opened has proved that it can write: the first thing that it does is a durable commit."""
+    with rig.store.reader() as txn:
+        opens, before = txn.state.opens, txn.txn_id
+    rig.reopen()
+    with rig.store.reader() as txn:
+        assert txn.state.opens == opens + 1
+        assert txn.txn_id > before
