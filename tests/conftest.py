@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=2, help="SIGKILLs of the daemon in each test of tests/crash/test_kills.py"
     )
-    parser.addoption("--cuts", type=int, default=3, help="power cuts in each test of tests/crash/test_powercut.py")
+    parser.addoption("--cuts", type=int, default=200, help="power cuts in tests/crash/test_powercut.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

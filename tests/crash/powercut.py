@@ -2,11 +2,12 @@
 
 The disk is a loop device over a file that `tests/crash/recorder.py` serves; ext4 with the store lies on it. A cut after
 entry N of the log keeps what was flushed by then, and of the writes since the last flush a random half, in pieces of
-4 KiB: a disk with a volatile cache may do no worse.
+one or eight sectors: a disk with a volatile cache may do no worse.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -16,10 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tests.crash.recorder import ENTRY, FLUSH
 from tests.harness import ROOT, until
 
-PIECE = 4096
+PIECES = (512, 4096)  # what a disk writes whole
+BLOCK = 4096
+DISK_MIB = 512
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,11 @@ class Entry:
 
 
 class Disk:
-    """A recorded disk, mounted on `directory/disk`. A context manager; `cut` works after leaving it."""
+    """A recorded disk, mounted on `directory/disk`. A context manager; `Replay` works while and after it runs."""
 
-    def __init__(self, directory: Path, size_mib: int = 512) -> None:
-        self.path, self.log = directory / "disk", directory / "writes"
-        self._directory, self._base, self._served = directory, directory / "base", directory / "served"
+    def __init__(self, directory: Path, size_mib: int = DISK_MIB) -> None:
+        self.directory, self.path = directory, directory / "disk"
+        self._base, self._served = directory / "base", directory / "served"
         for made in (self.path, self._served):
             made.mkdir(parents=True)
         with self._base.open("wb") as file:
@@ -46,12 +51,14 @@ class Disk:
         subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", self._base], check=True)
 
     def __enter__(self) -> Disk:
-        command = [sys.executable, "-m", "tests.crash.recorder", self._base, self.log, self._served]
+        log = self.directory / "writes"
+        command = [sys.executable, "-m", "tests.crash.recorder", self._base, log, self._served]
         self._recorder = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=ROOT)
         try:
             until((self._served / "disk").exists, "the recorder serves its file")
-            self._loop = attach(self._served / "disk", "--direct-io=on")
-            subprocess.run(["mount", self._loop, self.path], check=True)
+            attach = ["losetup", "--find", "--show", "--direct-io=on", self._served / "disk"]
+            self._loop = subprocess.run(attach, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+            subprocess.run(["mount", "-o", "noinit_itable", self._loop, self.path], check=True)
         except BaseException:
             self._recorder.terminate()
             self._recorder.wait(30)
@@ -66,47 +73,79 @@ class Disk:
         )
         self._recorder.wait(30)
 
-    def entries(self) -> list[Entry]:
-        """All that was recorded so far, in order."""
-        found = []
-        position, size = 0, self.log.stat().st_size
-        with self.log.open("rb") as file:
-            while position < size:
-                file.seek(position)
-                moment, offset, length, kind = ENTRY.unpack(file.read(ENTRY.size))
-                found.append(Entry(moment, offset, length, kind == FLUSH, position + ENTRY.size))
-                position += ENTRY.size + length
-        return found
+
+def entries(directory: Path) -> list[Entry]:
+    """All that was recorded so far on the disk of that directory, in order."""
+    log = directory / "writes"
+    found = []
+    position, size = 0, log.stat().st_size
+    with log.open("rb") as file:
+        while position < size:
+            file.seek(position)
+            moment, offset, length, kind = ENTRY.unpack(file.read(ENTRY.size))
+            found.append(Entry(moment, offset, length, kind == FLUSH, position + ENTRY.size))
+            position += ENTRY.size + length
+    return found
+
+
+class Replay:
+    """The disk of a directory as power cuts may have left it; cuts come in rising order."""
+
+    def __init__(self, directory: Path) -> None:
+        self.entries = entries(directory)
+        self._directory = directory
+        self._log = (directory / "writes").open("rb")
+        self._data = mmap.mmap(self._log.fileno(), 0, prot=mmap.PROT_READ)
+        base = np.fromfile(directory / "base", np.uint8)
+        self._disk = base  # as of the last flush
+        self._used = (base.reshape(-1, BLOCK) != 0).any(axis=1)
+        self._flushed = 0  # entries that the disk has
 
     @contextmanager
     def cut(self, count: int, rng: random.Random) -> Iterator[Path]:
         """The disk after a power cut that came with `count` entries in the log, mounted; yields the mountpoint."""
         image, mountpoint = self._directory / "cut.image", self._directory / "cut"
         mountpoint.mkdir(exist_ok=True)
-        subprocess.run(["cp", "--sparse=always", self._base, image], check=True)
-        self._replay(image, self.entries()[:count], rng)
-        loop = attach(image)
+        self._advance(count)
+        self._write(image, self._survivors(count, rng))
         try:
-            subprocess.run(["mount", "-t", "ext4", loop, mountpoint], check=True)
+            subprocess.run(["mount", "-t", "ext4", "-o", "loop,noinit_itable", image, mountpoint], check=True)
             try:
                 yield mountpoint
             finally:
                 subprocess.run(["umount", mountpoint], check=True)
         finally:
-            subprocess.run(["losetup", "--detach", loop], check=True)
             image.unlink()
 
-    def _replay(self, image: Path, done: list[Entry], rng: random.Random) -> None:
-        flushed = max((at for at, entry in enumerate(done) if entry.flush), default=-1)
-        with image.open("r+b") as target, self.log.open("rb") as source:
-            for at, entry in enumerate(done):
-                for start in range(0, entry.length, PIECE):
-                    if at < flushed or rng.random() < 0.5:
-                        content = os.pread(source.fileno(), min(PIECE, entry.length - start), entry.data + start)
-                        os.pwrite(target.fileno(), content, entry.offset + start)
+    def _advance(self, count: int) -> None:
+        """Bring the disk to the last flush before `count`."""
+        flush = max((at for at in range(self._flushed, count) if self.entries[at].flush), default=self._flushed)
+        for entry in self.entries[self._flushed : flush]:
+            self._put(self._disk, entry.offset, self._data[entry.data : entry.data + entry.length])
+        self._flushed = flush
 
+    def _survivors(self, count: int, rng: random.Random) -> list[tuple[int, bytes]]:
+        """What reached the disk of the writes since that flush: half of the pieces."""
+        kept = []
+        size = rng.choice(PIECES)
+        for entry in self.entries[self._flushed : count]:
+            for start in range(0, entry.length, size):
+                if rng.random() < 0.5:
+                    at = entry.data + start
+                    kept.append((entry.offset + start, self._data[at : at + min(size, entry.length - start)]))
+        return kept
 
-def attach(file: Path, *options: str) -> str:
-    """A loop device over `file`."""
-    command = ["losetup", "--find", "--show", *options, file]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    def _put(self, disk: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int, data: bytes) -> None:
+        disk[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        first, last = offset // BLOCK, -(-(offset + len(data)) // BLOCK)
+        self._used[first:last] |= (disk[first * BLOCK : last * BLOCK].reshape(-1, BLOCK) != 0).any(axis=1)
+
+    def _write(self, image: Path, survivors: list[tuple[int, bytes]]) -> None:
+        """The image file: the used blocks of the disk, and the survivors over them."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], self._used, [False]]).astype(np.int8)))
+        with image.open("wb") as file:
+            file.truncate(len(self._disk))
+            for first, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+                os.pwrite(file.fileno(), self._disk[first * BLOCK : end * BLOCK].data, first * BLOCK)
+            for offset, data in survivors:
+                os.pwrite(file.fileno(), data, offset)

@@ -48,3 +48,12 @@ def test_kill_is_a_kill_and_fires_once_per_directory(tmp_path: Path):
     assert (tmp_path / "here").exists()
     second = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=20)
     assert (second.returncode, second.stdout) == (0, "went on\n")
+
+
+def test_marks_note_every_name_with_its_moment(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("SILOFS_FAIL_DIR", str(tmp_path))
+    failpoints.rearm("*:mark")
+    failpoints.hit("one")
+    failpoints.hit("two")
+    names, moments = zip(*(line.split() for line in (tmp_path / "marks").read_text().splitlines()), strict=True)
+    assert names == ("one", "two") and sorted(map(int, moments)) == list(map(int, moments))

@@ -1,0 +1,239 @@
+"""Tells a story (story.py) on a real mount: writers with their own ideas of durability, and verbs in between."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic_ns
+
+import numpy as np
+
+from tests.crash.content import UNIT, Numbers, fill, numbers, print_of
+from tests.crash.story import Story, Volume
+from tests.exerciser import punch_hole
+from tests.harness import Mount, until
+
+SYNC_EVERY = 0.3  # of the writes; a guest with a journal of its own does no less
+
+
+class Writer:
+    """A thread that writes, discards and syncs one volume, until `stop`; `paused` keeps it still."""
+
+    def __init__(self, path: Path, volume: Volume, seed: str, count: Counter) -> None:
+        self.path, self.volume = path, volume
+        self.done = 0
+        self._rng, self._count = random.Random(seed), count
+        self._open()
+        # Nothing has been written yet, so this changes nothing.
+        self._punches = punch_hole(self._fd, 0, UNIT)
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def progress(self, writes: int) -> None:
+        """Wait until so many more operations are done."""
+        goal = self.done + writes
+        until(lambda: self._error or self.done >= goal, f"{writes} more operations on {self.path}", timeout=120)
+        if self._error:
+            raise self._error
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with self._lock:
+            yield
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Paused, and the volume not open."""
+        with self._lock:
+            self._close()
+            try:
+                yield
+            finally:
+                self._open()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive(), f"a writer of {self.path} hangs"
+        self._close()
+        if self._error:
+            raise self._error
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_RDWR)
+        self._synchronous = os.open(self.path, os.O_RDWR | os.O_DSYNC)
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        os.close(self._synchronous)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                with self._lock:
+                    self._operation()
+                self.done += 1
+        except Exception as error:
+            self._error = error
+
+    def _operation(self) -> None:
+        dice = self._rng.random()
+        total = len(self.volume.picture)
+        count = min(total, self._rng.choice((1, 8, 8, 8, 16, 64, 256)))
+        first = self._rng.randrange(total - count + 1)
+        if self._rng.random() < 0.7:
+            first -= first % 8
+        if dice < 0.08 and self._punches:
+            self._punch(first, count)
+        else:
+            self._write(first, count, synchronous=dice < 0.2)
+        if self._rng.random() < SYNC_EVERY:
+            index = self.volume.newest
+            os.fdatasync(self._fd)
+            self.volume.synced(index)
+
+    def _write(self, first: int, count: int, *, synchronous: bool) -> None:
+        number = self._count.next()
+        self.volume.write(first, count, number)
+        index = self.volume.newest
+        fd = self._synchronous if synchronous else self._fd
+        assert os.pwrite(fd, fill(first, count, number), first * UNIT) == count * UNIT
+        if synchronous:
+            self.volume.synced(index)
+
+    def _punch(self, first: int, count: int) -> None:
+        self.volume.write(first, count, 0)
+        assert punch_hole(self._fd, first * UNIT, count * UNIT)
+
+
+class Counter:
+    """Numbers of writes, for all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._last = threading.Lock(), 0
+
+    def next(self) -> int:
+        with self._lock:
+            self._last += 1
+            return self._last
+
+
+class Driver:
+    """Verbs on a mount that are noted in the story, and the writers of its volumes."""
+
+    def __init__(self, mount: Mount, story: Story, seed: str) -> None:
+        self.mount, self.story, self.seed = mount, story, seed
+        self.count = Counter()
+        self.writers: dict[str, Writer] = {}
+
+    def work(self, operations: int) -> None:
+        """Let every writer do so many operations."""
+        for writer in self.writers.values():
+            writer.progress(operations)
+
+    def stop(self) -> None:
+        """End all writers; raises what one of them met."""
+        writers, self.writers = self.writers, {}
+        for writer in writers.values():
+            writer.stop()
+
+    def create(self, name: str, units: int) -> None:
+        """A volume with a writer."""
+        issued = monotonic_ns()
+        self.mount.silofs("create", name, "--size", str(units * UNIT))
+        self._made(name, np.zeros(units, np.uint64), issued)
+        volume = self.story.volumes[name]
+        self.writers[name] = Writer(self.mount.image(name), volume, f"{self.seed}/{name}", self.count)
+
+    def imported(self, name: str, units: int, source: Path) -> None:
+        """A volume from an image with holes that is made here, at `source`."""
+        picture = np.zeros(units, np.uint64)
+        with source.open("wb") as file:
+            for first in range(0, units, 1024):
+                count, number = min(600, units - first), self.count.next()
+                picture[first : first + count] = number
+                file.seek(first * UNIT)
+                file.write(fill(first, count, number))
+            file.truncate(units * UNIT)
+        issued = monotonic_ns()
+        self.mount.silofs("import", str(source), name)
+        self._made(name, picture, issued)
+
+    def snapshot(self, volume: str, name: str) -> None:
+        with self.writers[volume].paused():
+            issued = monotonic_ns()
+            self.mount.silofs("snapshot", f"{volume}@{name}")
+            self.story.snapshots[f"{volume}@{name}"] = self.story.volumes[volume].picture.copy()
+            self._together(issued, volume)
+
+    def clone(self, volume: str, new: str) -> None:
+        """A clone of the volume as it is now."""
+        with self.writers[volume].paused():
+            issued = monotonic_ns()
+            self.mount.silofs("clone", volume, new)
+            self.story.volumes[new] = Volume(self.story.volumes[volume].picture, monotonic_ns())
+            self._together(issued, volume)
+
+    def resize(self, volume: str, units: int) -> None:
+        with self.writers[volume].paused():
+            issued = monotonic_ns()
+            self.story.volumes[volume].resized(units)
+            self.mount.silofs("resize", volume, str(units * UNIT), "--yes")
+            self._together(issued, volume)
+
+    def rollback(self, volume: str, name: str) -> None:
+        with self.writers[volume].closed():
+            issued = monotonic_ns()
+            self.story.volumes[volume].become(self.story.snapshots[f"{volume}@{name}"])
+            self.mount.silofs("rollback", f"{volume}@{name}", "--yes")
+            self._together(issued, volume)
+
+    def rm(self, target: str) -> None:
+        """A volume that has no writer, or a snapshot ("volume@name")."""
+        issued = monotonic_ns()
+        self.mount.silofs("rm", target, "--yes")
+        for name in [name for name in self.story.snapshots if name == target or name.startswith(f"{target}@")]:
+            del self.story.snapshots[name]
+        self.story.volumes.pop(target, None)
+        self.story.chapter(issued)
+
+    def kill_host(self) -> None:
+        """Holder and daemon die, and with them the write log; the disk stays. The story goes on from what was kept."""
+        held = [writer.closed() for writer in self.writers.values()]
+        for each in held:
+            each.__enter__()
+        self.mount.kill_host()
+        self.mount.start()
+        moment = monotonic_ns()
+        for name, volume in self.story.volumes.items():
+            picture = self._read(name)
+            found = print_of(picture)
+            assert volume.history.allows(found, volume.history.oldest(moment)), f"{name} lost what was durable"
+            volume.become(picture)
+            volume.synced(volume.newest)
+        for each in held:
+            each.__exit__(None, None, None)
+
+    def verify(self) -> None:
+        """Compare all volumes with the story, through the mount."""
+        for name, volume in self.story.volumes.items():
+            assert print_of(self._read(name)) == volume.print, f"{name} is not as the story says"
+
+    def _read(self, name: str) -> Numbers:
+        return numbers(self.mount.image(name).read_bytes())
+
+    def _made(self, name: str, picture: Numbers, issued: int) -> None:
+        self.story.volumes[name] = Volume(picture, monotonic_ns())
+        self.story.chapter(issued)
+
+    def _together(self, issued: int, volume: str) -> None:
+        """The verb has made the volume durable as it is now."""
+        at = self.story.volumes[volume]
+        at.synced(at.newest)
+        self.story.chapter(issued, together={volume: at.newest})
