@@ -30,8 +30,10 @@ from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
 from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
+from silofs.mount import extension  # before pyfuse3 is imported
 from silofs.mount.channel import Channel, ChannelError, Message
-from silofs.mount.fuse import Adapter, Space, Volumes
+from silofs.mount.files import Space, Volumes
+from silofs.mount.fuse import Adapter
 from silofs.mount.session import Session
 from silofs.peers.service import Peers
 from silofs.service import Service
@@ -115,6 +117,7 @@ class Daemon:
             if message is None:
                 return 1  # the holder died before it was this daemon's turn
             if message.op == "init":
+                self._holder.send("able", abilities=extension.abilities)
                 await self._session.initialise()
             elif message.op == "open":
                 refused = self._open(*message.fds)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kills", type=int, default=2, help="SIGKILLs of the daemon in each test of tests/crash/test_kills.py"
     )
     parser.addoption("--cuts", type=int, default=200, help="power cuts in tests/crash/test_powercut.py")
+
+
+def pytest_sessionstart() -> None:
+    """The C extension is built as an installation builds it, where it is not there or older than its source."""
+    root = Path(__file__).parents[1]
+    source = root / "silofs/mount/extension/dispatch.c"
+    library = source.with_suffix(".so")
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=root, check=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from silofs import limits
 from silofs.cli.sizes import show_size
+from silofs.mount import extension
 
 Finding = dict[str, str]
 
@@ -88,7 +89,7 @@ def _tools() -> Iterator[Finding]:
 
 
 def _extension() -> Iterator[Finding]:
-    if any(Path(__file__).parents[1].rglob("*.so")):
+    if extension.available:
         yield _say("extension", "ok", "the C extension is built")
     else:
         costs = (

@@ -1,7 +1,7 @@
 """Messages between holder and daemon: one JSON object a packet, with descriptors attached, over a SEQPACKET pair.
 
     holder -> daemon                                            daemon -> holder
-    init                    INIT comes on the session's socket  (the reply to INIT, on that socket)
+    init                    INIT comes on the session's socket  able abilities; then the reply to INIT, on that socket
     open   fds lock, log    open the store and replay the log   opened | failed code message hint exit
     serve  fds fuse         take the requests; + what status    serving
            shows: restarts, capabilities

@@ -50,6 +50,7 @@ class Child:
         self.started_at = time.monotonic()
         self.changed_at = 0.0  # when the present stage began; the holder's clock
         self.pong_at = 0.0
+        self.abilities: tuple[str, ...] = ()  # what it does beyond libfuse; said before its reply to INIT
         self.clean = False  # it said that everything is committed
         self.refusal: dict[str, Any] | None = None  # why it could not open the store: code, message, hint, exit
 

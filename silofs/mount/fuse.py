@@ -1,143 +1,48 @@
-"""The file system calls of a mount, over the engine: names and attributes, handles, reads and writes.
-
-Every handler turns what it raises into a FUSEError in one place (`refusal` in guard.py): a SiloError into its errno,
-anything else into EIO, a log line and a counter. trio.Cancelled passes: the daemon is ending, and the kernel sends the
-request again to the next one.
-
-`read` and `write` are the hot path: one dictionary look-up, then the engine, inline. A reply is sent by pyfuse3 right
-after the handler returned, with no await in between, so it may be a view of a page that the next commit frees.
+"""The file system calls of a mount, over the engine: names, attributes and directories; files.py has the open files.
 
 Files are opened with direct_io: guests cache for themselves, and nothing stale survives a move to another host. Entry
 and attribute time-outs are 0, so that a size changed by `silofs resize` is seen at once.
 
 A call that changes a name and whose daemon dies before it answered is done twice: the kernel sends it again, and a
-`rm` that worked can report that there is no such file. pyfuse3 does not show the number by which the two could be told
-to be one (docs/mount.md).
+`rm` that worked can report that there is no such file (docs/mount.md).
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from silofs import failpoints, verbs
 from silofs.blocks import PAGE
-from silofs.engine import Engine, VolumeState
-from silofs.errors import Exists, NoSuchVolume, ReadOnly, SiloError
-from silofs.facts import View
+from silofs.errors import Exists, NoSuchVolume, ReadOnly
 from silofs.layers.catalog import Snapshot, Volume
-from silofs.layers.handles import Handle, HandleTable
 from silofs.mount import tree
-from silofs.mount.guard import Guarded, guarded
+from silofs.mount.files import Files, Volumes
+from silofs.mount.guard import guarded
 from silofs.mount.names import Names
 from silofs.mount.tree import ROOT, SNAPSHOTS, SNAPSHOTS_NAME, Entry
-
-log = logging.getLogger(__name__)
 
 SECTORS_PER_PAGE = PAGE // 512
 TIME_MIN, TIME_MAX = -(1 << 63), (1 << 63) - 1  # ns; what a record holds
 DOT, DOTDOT = 1, 2  # positions in a listing; an entry's is its inode plus 2
 
 
-@dataclass(frozen=True)
-class Space:
-    """What statfs(2) tells, in bytes: `free` is what can still be written."""
-
-    total: int
-    free: int
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """What the operations work on; made when the store is open.
-
-    before_change: awaited with (verb, volume's name) before a `rm`, `rename` or `resize`: a migration may refuse it.
-    """
-
-    engine: Engine
-    handles: HandleTable
-    view: Callable[[], View]
-    space: Callable[[], Space]
-    before_change: Callable[[str, str], Awaitable[None]]
-
-
-class _File:
-    """One open handle of this mount, in this daemon."""
-
-    __slots__ = ("state", "sync", "writable")
-
-    def __init__(self, state: VolumeState, flags: int) -> None:
-        self.state = state
-        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
-
-
-class Adapter(Guarded):
+class Adapter(Files):
     """pyfuse3's operations. Made before the store is open (the session needs it for INIT), `bind` follows."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._volumes: Volumes
-        self._engine: Engine
-        self._names: Names
-        self._files: dict[int, _File] = {}
-
     def bind(self, volumes: Volumes) -> None:
-        """Take the engine, and the handles that were open when the last daemon died."""
-        self._volumes = volumes
-        self._engine = volumes.engine
+        super().bind(volumes)
         self._names = Names(volumes.engine)
-        for handle in volumes.handles.items():
-            try:
-                self._register(handle)
-            except SiloError as error:
-                # The volume is gone or cannot be opened: its handle answers EBADF, the others go on.
-                log.error("handle %d of an earlier daemon is lost: %s", handle.id, error)
 
-    # The hot path
-
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        try:
-            state = self._files[fh].state
-            data = self._engine.read_now(state, off, size)
-            if data is None:
-                data = await self._engine.read(state, off, size)
-            return data  # type: ignore[return-value]  # any contiguous buffer will do
-        except Exception as error:
-            raise self._lost(fh, error) from None
-
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        try:
-            file = self._files[fh]
-            if not self._engine.write_now(file.state, off, buf):
-                await self._engine.write(file.state, off, buf)
-            if file.sync:
-                await self._engine.flush(file.state)
-            return len(buf)
-        except Exception as error:
-            raise self._lost(fh, error) from None
-
-    def _lost(self, fh: int, error: Exception) -> FUSEError:
-        """`refusal`, and EBADF for a handle that is not known: looked at only now, to keep reads and writes short."""
-        return FUSEError(errno.EBADF) if fh not in self._files else self.refusal(error)
-
-    # Handles
-
-    def _register(self, handle: Handle) -> None:
-        engine = self._engine
-        state = engine.open_layer(handle.uuid, handle.layer) if handle.layer else engine.open_volume(handle.uuid)
-        file = self._files[handle.id] = _File(state, handle.flags)
-        engine.opened(state, file.writable)
+    # Opening
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -184,26 +89,6 @@ class Adapter(Guarded):
             raise Exists(f"{stem} exists")
         attributes = self._attributes(entry)
         return await self._open(entry, flags), attributes
-
-    @guarded
-    async def release(self, fh: int) -> None:
-        self._volumes.handles.release(fh)
-        file = self._files.pop(fh, None)
-        if file is not None:
-            self._engine.closed(file.state, file.writable)
-
-    @guarded
-    async def flush(self, fh: int) -> None:
-        """close(2) waits for no disk here, so the kernel need not ask: a program that starts another one closes its
-        files in the child, and would hang in that while requests are held."""
-        raise FUSEError(errno.ENOSYS)
-
-    @guarded
-    async def fsync(self, fh: int, datasync: bool) -> None:
-        file = self._files.get(fh)
-        if file is None:
-            raise FUSEError(errno.EBADF)
-        await self._engine.flush(file.state)
 
     # Names
 

@@ -54,6 +54,7 @@ class Holder:
         self._lock = -1
         self._init: kernel.Init | None = None
         self._init_reply: bytes | None = None
+        self._abilities: tuple[str, ...] = ()  # of the daemon whose reply that was
         self._generations = 0  # daemons that served
         self._promote_at = 0.0
         self._ping_at = 0.0
@@ -122,7 +123,7 @@ class Holder:
 
     def _serve(self, child: Child) -> None:
         assert self._init is not None
-        capabilities = ["resend"] if self._init.can_resend else []
+        capabilities = [*self._init.capabilities, *self._abilities]
         child.channel.send("serve", [self._fuse], restarts=self._generations, capabilities=capabilities)
 
     def _promote(self) -> None:
@@ -187,6 +188,8 @@ class Holder:
             if self._ready is not None:
                 self._ready({"ok": True, "holder_pid": os.getpid(), "daemon_pid": child.pid})
                 self._ready = None
+        elif op == "able":
+            child.abilities = tuple(str(word) for word in message.fields.get("abilities", ()))
         elif op == "failed":
             child.refusal = {key: message.fields.get(key) for key in ("code", "message", "hint", "exit")}
         elif op == "pong":
@@ -205,16 +208,25 @@ class Holder:
         self._unwatch(child.session.fileno())
         if reply is None:
             return  # it is dying; its pidfd says so too
+        self._messages(child)  # its abilities, which it named before it replied
         if self._init_reply is None:
-            self._init_reply = reply
-            os.write(self._fuse, kernel.widen(reply))
+            assert self._init is not None
+            self._init_reply, self._abilities = reply, child.abilities
+            os.write(self._fuse, kernel.widen(self._init, reply, child.abilities))
             self._serve(child)
-        elif reply == self._init_reply:
+            return
+        lost = [word for word in self._abilities if word not in child.abilities]
+        if reply == self._init_reply and not lost:
             child.enter(Stage.WARM, time.monotonic())
             self._warm(child)
+            return
+        if lost:
+            why = f"the new daemon cannot do what the mount was made with: {', '.join(lost)}"
         else:
-            self._note(f"daemon {child.pid} answers INIT in another way than the mount was made with: not used")
-            self._drop_spare(child, "the new daemon speaks another FUSE dialect than the mount was made with")
+            why = "the new daemon speaks another FUSE dialect than the mount was made with"
+        self._note(f"daemon {child.pid} is not used: {why}")
+        self._promote_at = time.monotonic() + self._backoff.failed()
+        self._drop_spare(child, why)
 
     def _begin_restart(self, request: int) -> None:
         """A daemon started from the program as it is now, shown INIT; only then is the present one told to go."""

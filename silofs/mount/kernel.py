@@ -29,11 +29,13 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 IN_HEADER = struct.Struct("<IIQQIIIHH")  # length, opcode, unique, node, uid, gid, pid, extension length, padding
 OUT_HEADER = struct.Struct("<IiQ")  # length, error, unique
 INIT_IN = struct.Struct("<IIIII")  # major, minor, max_readahead, flags, flags2
-BACKGROUND = struct.Struct("<HH")  # max_background, congestion_threshold
-BACKGROUND_AT = OUT_HEADER.size + 16
+INIT_OUT = struct.Struct("<IIIIHHIIHHI")  # major … flags (3), max_background, congestion_threshold, … flags2 (10)
 OPCODE_INIT = 26
 NOTIFY_RESEND = 7
+POSIX_LOCKS = 1 << 1  # flags of INIT; libfuse asks for it only when its own table has the operations
+INIT_EXT = 1 << 30  # there are flags2
 HAS_RESEND = 1 << (39 - 32)  # in flags2; Linux 6.9
+DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)  # in flags2; Linux 6.6
 
 # Options of fstab(5) and mount(8) that mean nothing to a mount that is being made.
 _FSTAB_NOISE = {"defaults", "auto", "noauto", "rw", "nofail", "_netdev", "user", "nouser", "users", "async", "relatime"}
@@ -183,9 +185,29 @@ class Init:
     @property
     def can_resend(self) -> bool:
         """The kernel knows FUSE_NOTIFY_RESEND (6.9 and later): requests survive the daemon that read them."""
+        return bool(self._flags()[1] & HAS_RESEND)
+
+    @property
+    def can_mmap(self) -> bool:
+        """It lets files without a page cache be mapped shared (6.6 and later)."""
+        return bool(self._flags()[1] & DIRECT_IO_ALLOW_MMAP)
+
+    @property
+    def can_lock(self) -> bool:
+        """It passes fcntl(2) locks on."""
+        return bool(self._flags()[0] & POSIX_LOCKS)
+
+    @property
+    def capabilities(self) -> list[str]:
+        """What `status` shows of it."""
+        return ["resend"] * self.can_resend + ["mmap"] * self.can_mmap
+
+    def _flags(self) -> tuple[int, int]:
+        """What it offers: flags and flags2; the latter 0 from a kernel that is too old to have them."""
         if len(self.request) < IN_HEADER.size + INIT_IN.size:
-            return False
-        return bool(INIT_IN.unpack_from(self.request, IN_HEADER.size)[4] & HAS_RESEND)
+            return 0, 0
+        _major, _minor, _readahead, flags, flags2 = INIT_IN.unpack_from(self.request, IN_HEADER.size)
+        return flags, flags2 if flags & INIT_EXT else 0
 
 
 def read_init(fd: int, *, timeout_s: float) -> Init:
@@ -198,16 +220,26 @@ def read_init(fd: int, *, timeout_s: float) -> Init:
     return Init(request)
 
 
-def widen(reply: bytes) -> bytes:
-    """A daemon's INIT reply with the limits on background requests that libfuse leaves at 12.
+def widen(init: Init, reply: bytes, abilities: Sequence[str]) -> bytes:
+    """A daemon's INIT reply with what libfuse does not say.
 
-    With 12, a dozen reads that wait for a peer would stop the asynchronous I/O of every other file on the mount.
+    - Limits on background requests: libfuse leaves them at 12, and then a dozen reads that wait for a peer would stop
+      the asynchronous I/O of every other file on the mount.
+    - Shared mappings of files that are opened with direct_io.
+    - Locks, if "locks" is among the daemon's abilities: it answers them itself (silofs/mount/extension).
     """
-    if len(reply) < BACKGROUND_AT + BACKGROUND.size:
+    if len(reply) < OUT_HEADER.size + INIT_OUT.size:
         raise SiloError("the daemon refused the kernel's INIT request", hint="its log says why")
-    widened = bytearray(reply)
+    fields = list(INIT_OUT.unpack_from(reply, OUT_HEADER.size))
     background = limits.FUSE_MAX_BACKGROUND
-    BACKGROUND.pack_into(widened, BACKGROUND_AT, background, background * 3 // 4)
+    fields[4:6] = background, background * 3 // 4
+    if init.can_lock and "locks" in abilities:
+        fields[3] |= POSIX_LOCKS
+    if init.can_mmap:
+        fields[3] |= INIT_EXT
+        fields[10] |= DIRECT_IO_ALLOW_MMAP
+    widened = bytearray(reply)
+    INIT_OUT.pack_into(widened, OUT_HEADER.size, *fields)
     return bytes(widened)
 
 

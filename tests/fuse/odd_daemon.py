@@ -1,5 +1,6 @@
-"""The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`,
-`withdrawn` (once), and `refuse-new`, which those have seen that started after it was made."""
+"""The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`, `plain`
+(without the C extension; `equipped`: with it), `withdrawn` (once), and `refuse-new`, which those have seen that started
+after it was made."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ STORE = Path(sys.argv[sys.argv.index("--store") + 1])
 
 if (STORE / "die").exists():
     os._exit(3)  # as a daemon does whose installation is broken
+
+if (STORE / "plain").exists():
+    os.environ["SILOFS_EXTENSION"] = "off"
+if (STORE / "equipped").exists():
+    del os.environ["SILOFS_EXTENSION"]
 
 NEW = (STORE / "refuse-new").exists()
 (STORE / f"started-{os.getpid()}").touch()

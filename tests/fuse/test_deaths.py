@@ -223,6 +223,28 @@ def test_a_daemon_of_another_dialect_is_not_used(odd: Mount) -> None:
         writer.progress()
 
 
+def test_a_daemon_that_lost_the_extension_is_not_used(odd: Mount) -> None:
+    """Programs have been told by then that their synchronous writes are durable, and hold locks."""
+    with writing(odd.create("vm1", 1 << 20)) as writer:
+        pid = odd.status()["daemon_pid"]
+        (odd.store / "plain").touch()
+        done = odd.silofs("restart", check=False)
+        assert done.returncode == 1 and "cannot do what the mount was made with: write_flags" in done.stderr
+        assert odd.status()["daemon_pid"] == pid
+        writer.progress()
+
+
+def test_a_mount_that_was_made_without_the_extension_stays_without(tmp_path: Path) -> None:
+    mount = Mount(tmp_path, daemon="tests.fuse.odd_daemon", env={"SILOFS_EXTENSION": "off"})
+    with mount, writing(mount.create("vm1", 1 << 20)) as writer:
+        before = mount.ask("status")["capabilities"]
+        assert "write_flags" not in before
+        (mount.store / "equipped").touch()
+        mount.silofs("restart")
+        writer.progress()
+        assert mount.ask("status")["restarts"] == 1 and mount.ask("status")["capabilities"] == before
+
+
 def test_a_request_that_is_withdrawn_while_it_is_read_costs_nothing(odd: Mount) -> None:
     pid = odd.status()["daemon_pid"]
     with writing(odd.create("vm1", 1 << 20)) as writer, writing(odd.create("vm2", 1 << 20)) as other:

@@ -291,10 +291,18 @@ def test_the_root_can_be_synced(shared: Mount) -> None:
     os.close(fd)
 
 
-def test_shared_mappings_are_refused(image: Path) -> None:
-    """direct_io files have no page cache (docs/mount.md)."""
+def test_files_can_be_mapped_shared(image: Path, shared: Mount) -> None:
+    """They have no page cache otherwise, so the kernel has to be told that it may (docs/mount.md)."""
     fd = os.open(image, os.O_RDWR)
-    fails(errno.ENODEV, mmap.mmap, fd, 4096)
+    if "mmap" in shared.ask("status")["capabilities"]:
+        with mmap.mmap(fd, 8192) as mapped:
+            os.pwrite(fd, b"written", 4096)
+            assert mapped[4096:4103] == b"written"
+            mapped[:6] = b"mapped"
+            assert os.pread(fd, 6, 0) == b"mapped"  # even before msync(2)
+            mapped.flush()
+    else:
+        fails(errno.ENODEV, mmap.mmap, fd, 4096)
     os.close(fd)
 
 

@@ -13,9 +13,9 @@ from silofs.errors import SiloError, StoreFull, StoreLocked, UserError, error_of
 from silofs.mount import kernel
 
 
-def init_request(flags2: int) -> kernel.Init:
+def init_request(flags2: int, flags: int = 0) -> kernel.Init:
     header = kernel.IN_HEADER.pack(104, kernel.OPCODE_INIT, 2, 0, 0, 0, 0, 0, 0)
-    return kernel.Init(header + kernel.INIT_IN.pack(7, 45, 1 << 17, 1 << 30, flags2) + bytes(44))
+    return kernel.Init(header + kernel.INIT_IN.pack(7, 45, 1 << 17, kernel.INIT_EXT | flags, flags2) + bytes(44))
 
 
 def test_resend_is_what_the_kernel_says() -> None:
@@ -24,14 +24,36 @@ def test_resend_is_what_the_kernel_says() -> None:
     assert not kernel.Init(init_request(1 << 7).request[:48]).can_resend  # before flags2
 
 
-def test_only_the_background_limits_of_a_reply_are_changed() -> None:
-    body = struct.pack("<IIIIHHIIHHI7I", 7, 38, 1 << 17, 0x1FF, 12, 9, 1 << 20, 1, 256, 0, 0, *range(7))
-    reply = kernel.OUT_HEADER.pack(16 + len(body), 0, 2) + body
-    widened = kernel.widen(reply)
+MMAP, LOCKS = kernel.DIRECT_IO_ALLOW_MMAP, kernel.POSIX_LOCKS
+
+
+def init_reply() -> bytes:
+    body = struct.pack("<IIIIHHIIHHI7I", 7, 38, 1 << 17, 0x1F0, 12, 9, 1 << 20, 1, 256, 0, 0, *range(7))
+    return kernel.OUT_HEADER.pack(16 + len(body), 0, 2) + body
+
+
+def test_a_reply_is_widened_by_the_background_limits_and_nothing_else_on_an_old_kernel() -> None:
+    reply = init_reply()
+    widened = kernel.widen(kernel.Init(init_request(0).request[:48]), reply, ["locks"])
     assert struct.unpack_from("<HH", widened, 32) == (limits.FUSE_MAX_BACKGROUND, limits.FUSE_MAX_BACKGROUND * 3 // 4)
     assert widened[:32] == reply[:32] and widened[36:] == reply[36:]
     with pytest.raises(SiloError):
-        kernel.widen(kernel.OUT_HEADER.pack(16, -71, 2))
+        kernel.widen(init_request(0), kernel.OUT_HEADER.pack(16, -71, 2), [])
+
+
+@pytest.mark.parametrize(
+    ("offered", "abilities", "flags", "flags2"),
+    [
+        (0, ["locks"], kernel.INIT_EXT, MMAP),
+        (LOCKS, ["locks"], LOCKS | kernel.INIT_EXT, MMAP),
+        (LOCKS, ["write_flags"], kernel.INIT_EXT, MMAP),
+    ],
+)
+def test_locks_and_mappings_are_asked_for_where_both_sides_have_them(
+    offered: int, abilities: list[str], flags: int, flags2: int
+) -> None:
+    fields = struct.unpack_from("<IIIIHHIIHHI", kernel.widen(init_request(MMAP, offered), init_reply(), abilities), 16)
+    assert (fields[3], fields[10]) == (0x1F0 | flags, flags2)
 
 
 def test_mount_options() -> None:
