@@ -76,7 +76,8 @@ class Service:
         if found is None:
             raise Unsupported(f"this daemon has no verb {verb[:64]!r}", hint="silofs version shows its version")
         if verb in CHANGES and self.before_change is not None:
-            await self.before_change(verb, verbs.name_in(args, _SUBJECT.get(verb, "volume")))
+            for name in _subjects(verb, args):
+                await self.before_change(verb, name)
         return await found[0](args, call)
 
     def view(self) -> View:
@@ -143,6 +144,13 @@ class Service:
     async def _check(self, args: Args, call: Call) -> Fields:
         store = self._engine.store
         return await in_thread(call, lambda progress, cancelled: verbs.check(store, args, progress, cancelled))
+
+
+def _subjects(verb: str, args: Args) -> list[str]:
+    """The volumes that a verb is going to change."""
+    if verb == "snapshot":
+        return [name for name, _ in verbs.targets(args)]
+    return [verbs.name_in(args, _SUBJECT.get(verb, "volume"))]
 
 
 _SUBJECT: Final = {"clone": "source", "rename": "old", "resize": "name"}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from silofs import limits
 from silofs.blocks import PAGE
 from silofs.errors import Busy, Exists, Interrupted, NoSuchVolume, NotOwner, UserError
 from silofs.facts import ROLES, Facts, Fields, View, departed, snapshot_fields, tombstone
@@ -165,12 +166,33 @@ def create(txn: WriteTxn, args: Args, view: View) -> Fields:
     return Facts(txn, view).info(volume)
 
 
+def targets(args: Args) -> list[tuple[str, str]]:
+    """(volume, snapshot) of every snapshot that is to be taken, none twice."""
+    several = args.get("targets")
+    if several is None:
+        return [(name_in(args, "volume"), name_in(args, "snapshot"))]
+    if not isinstance(several, list) or not several or len(several) > limits.SNAPSHOTS_AT_ONCE:
+        raise UserError(f"the argument 'targets' is a list of 1 to {limits.SNAPSHOTS_AT_ONCE} targets")
+    found = []
+    for target in several:
+        if not isinstance(target, dict):
+            raise UserError("a target is an object with 'volume' and 'snapshot'")
+        found.append((name_in(target, "volume"), name_in(target, "snapshot")))
+    twice = next((target for target in found if found.count(target) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice[0]}@{twice[1]} is asked for twice")
+    return found
+
+
 def snapshot(txn: WriteTxn, args: Args, view: View) -> Fields:
-    name = name_in(args, "volume")
-    volume = owned(txn, name, "a snapshot")
-    made = txn.take_snapshot(volume.uuid, name_in(args, "snapshot"))
-    fields = snapshot_fields(made)
-    return {"volume": name, "snapshot": fields["name"], **fields}
+    """All of them or none, as of one point in the order of all volumes' writes: what precedes this transaction."""
+    taken = []
+    for name, wanted in targets(args):
+        volume = owned(txn, name, "a snapshot")
+        fields = snapshot_fields(txn.take_snapshot(volume.uuid, wanted))
+        taken.append({"volume": name, "snapshot": fields["name"], **fields})
+    one = taken[0] if len(taken) == 1 else {}
+    return {**one, "snapshots": taken, "lsn": txn.last_lsn}
 
 
 def clone(txn: WriteTxn, args: Args, view: View) -> Fields:

@@ -124,14 +124,18 @@ def du_command(app: App, name: str | None) -> None:
     )
 
 
-@click.command("snapshot", short_help="Keep the present state of a volume.")
-@click.argument("target", metavar="NAME@SNAP")
+@click.command("snapshot", short_help="Keep the present state of volumes.")
+@click.argument("targets", nargs=-1, required=True, metavar="NAME@SNAP...")
 @common("snapshot")
-def snapshot_command(app: App, target: str) -> None:
-    """Keep the present state of a volume under a name. Takes no time and no space at first."""
-    volume, snapshot = parse_snapshot(target)
-    app.result(call(app.store, "snapshot", {"volume": volume, "snapshot": snapshot}))
-    app.note(f"kept {volume}@{snapshot}")
+def snapshot_command(app: App, targets: tuple[str, ...]) -> None:
+    """Keep the present state of a volume under a name. Takes no time and no space at first.
+
+    Several are taken together, all or none: no write to one of the volumes is in its snapshot without every write to
+    the others that was acknowledged before it began.
+    """
+    wanted = [dict(zip(("volume", "snapshot"), parse_snapshot(target), strict=True)) for target in targets]
+    app.result(call(app.store, "snapshot", {"targets": wanted} if len(wanted) > 1 else wanted[0]))
+    app.note(f"kept {' '.join(targets)}")
 
 
 @click.command("clone", short_help="Make a volume out of another.")

@@ -386,7 +386,7 @@ def test_a_store_that_is_cut_short(silofs: Silofs, tmp_path: Path) -> None:
 def test_a_store_of_another_version(silofs: Silofs, monkeypatch: pytest.MonkeyPatch) -> None:
     from silofs.layers import schema
 
-    monkeypatch.setattr(schema, "FORMAT_VERSION", schema.FORMAT_VERSION + 1)
+    monkeypatch.setattr(schema, "FORMAT_VERSION", schema.FORMAT_VERSION - 1)
     error = silofs.fails(1, "ls")
     assert error["code"] == "bad_format"
     assert "version" in error["hint"]

@@ -73,6 +73,22 @@ def test_a_snapshot_and_what_info_says_of_it(either: Silofs) -> None:
     assert "daily" in either("info", "vm1").out
 
 
+def test_snapshots_of_several_volumes_are_all_or_none(either: Silofs) -> None:
+    for name in ("vm1", "vm2"):
+        either.ok("create", name, "--size", "1G")
+    taken = either.ok("snapshot", "vm1@s", "vm2@s")
+    assert [(each["volume"], each["snapshot"], each["size"]) for each in taken["snapshots"]] == [
+        ("vm1", "s", SIZE),
+        ("vm2", "s", SIZE),
+    ]
+    assert "volume" not in taken
+    assert either.fails(11, "snapshot", "vm1@t", "vm2@s")["code"] == "exists"
+    assert either.fails(10, "snapshot", "vm1@t", "nosuch@t")["code"] == "no_such_volume"
+    assert either.fails(2, "snapshot", "vm1@t", "vm1@t")["code"] == "invalid"
+    assert [each["name"] for each in either.ok("info", "vm1")["snapshots"]] == ["s"]
+    assert either("snapshot", "vm1@t", "vm1@u").err == "kept vm1@t vm1@u\n"
+
+
 def test_clones_say_where_they_come_from_and_share(either: Silofs, tmp_path: Path) -> None:
     either.ok("import", image(tmp_path / "i", SIZE, 0, 7, 4096), "golden")
     either.ok("snapshot", "golden@v1")
@@ -352,7 +368,7 @@ WRONG: list[object] = [
     1 << 70,
     "vm1.img",
 ]
-ARGUMENTS = ["name", "volume", "snapshot", "source", "new", "old", "size", "shrink", "force", "read_data"]
+ARGUMENTS = ["name", "volume", "snapshot", "source", "new", "old", "size", "shrink", "force", "read_data", "targets"]
 
 
 def test_arguments_that_no_client_of_ours_sends(silofs: Silofs) -> None:
