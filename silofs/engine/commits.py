@@ -29,8 +29,9 @@ from silofs.engine.threads import Threads
 from silofs.engine.volume import VolumeState, again
 from silofs.errors import SiloError, StoreBroken, StoreError
 from silofs.layers.commit import CommitResult
-from silofs.layers.log import Mark, WriteLog
+from silofs.layers.log import WriteLog
 from silofs.layers.pending import Pending
+from silofs.layers.records import Mark
 from silofs.layers.rewrite import Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn

@@ -9,8 +9,9 @@ from silofs import failpoints
 from silofs.blocks import PAGE_SHIFT
 from silofs.engine.commits import grow
 from silofs.layers.commit import CommitResult
-from silofs.layers.log import EXTEND, ZERO, Record, WriteLog
+from silofs.layers.log import WriteLog
 from silofs.layers.pending import Pending
+from silofs.layers.records import EXTEND, ZERO, Record
 from silofs.layers.store import Store
 
 log = logging.getLogger(__name__)

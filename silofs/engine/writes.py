@@ -15,7 +15,8 @@ from silofs.engine.gather import ZEROS, Wanted
 from silofs.engine.reads import Reads
 from silofs.engine.volume import Gate, VolumeState
 from silofs.errors import BadSize
-from silofs.layers.log import EXTEND, WRITE, ZERO, WriteLog
+from silofs.layers.log import WriteLog
+from silofs.layers.records import EXTEND, WRITE, ZERO
 from silofs.limits import INCOMING_WRITE_WAIT_S, REQUEST_BYTES_MAX, SIZE_MAX
 
 Data = bytes | memoryview

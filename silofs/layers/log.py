@@ -11,13 +11,7 @@ Layout of the memfd, little-endian (every area starts on a multiple of 4096):
     handle table   HANDLES_MAX x 64 bytes (silofs/layers/handles.py)
     ring           the records
 
-A record is a header of 128 bytes and a payload padded to 64. The payload is copied first and the header last, and the
-header's checksum covers both, so any prefix of these stores is either the whole record or none. A record never wraps:
-where it does not fit, a WRAP record (or less than a header's room) ends the lap.
-
-What keeps a leftover from being replayed: each record carries its lap and a store-wide sequence number (LSN) without
-gaps, and replay accepts exactly the next one. The checksums are seeded with a secret drawn at `format`, so that bytes
-which a guest wrote cannot pass for a record when they lie where the next header is expected.
+What a record looks like, and why a leftover is never replayed: silofs/layers/records.py.
 """
 
 from __future__ import annotations
@@ -26,59 +20,27 @@ import mmap
 import os
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from xxhash import xxh3_64_intdigest as checksum
 
 from silofs.errors import BadFormat
 from silofs.layers.handles import SLOT, HandleTable
-from silofs.limits import HANDLES_MAX, LOG_BYTES, LOG_RECORD_MAX
+from silofs.layers.records import ALIGN, HEADER, WRAP, Mark, Record, header, span, walk
+from silofs.limits import HANDLES_MAX, LOG_BYTES
 
 VERSION: Final = 1
 MAGIC: Final = b"silolog\0"
-RECORD_MAGIC: Final = 0x474F4C53  # "SLOG"
-
-WRITE: Final = 1  # `length` bytes of payload at `offset`
-ZERO: Final = 2  # `length` zero bytes at `offset`; no payload
-WRAP: Final = 3  # the lap ends here
-EXTEND: Final = 4  # as WRITE, and the volume is at least `offset + length` long from here on
-_KINDS: Final = (WRITE, ZERO, WRAP, EXTEND)
 
 _AREA = 4096
 _TAILS = _AREA
 _COUNTER = _TAILS + 128
 _HANDLES = 2 * _AREA
 
-HEADER: Final = 128
-ALIGN: Final = 64
-
 _SUPER = Struct("<8sIIQIIQ16s")  # magic, version, -, ring bytes, handle slots, -, secret, store uuid
 _SUPER_SUM = Struct("<Q")
 _TAIL = Struct("<QQQQ")  # sequence, lap, position, LSN of the record expected there
-_RECORD = Struct("<IHHQQQ16sQQQQ40x")  # magic, version, kind, lap, lsn, prev, uuid, epoch, offset, length, payload sum
 _SUM = Struct("<Q")
-assert _RECORD.size + _SUM.size == HEADER
-
-
-class Mark(NamedTuple):
-    """A place in the log: everything before it has lower LSNs."""
-
-    lap: int
-    position: int
-    lsn: int
-
-
-class Record(NamedTuple):
-    """One replayed record. `position` is where its payload begins in the ring (of WRITE and EXTEND)."""
-
-    kind: int
-    lsn: int
-    prev_lsn: int
-    uuid: bytes
-    epoch: int
-    offset: int
-    length: int
-    position: int
 
 
 class WriteLog:
@@ -128,19 +90,19 @@ class WriteLog:
         os.pwrite(fd, tail + _SUM.pack(checksum(tail, secret)), _TAILS + ALIGN)
         os.pwrite(fd, (1).to_bytes(8, "little"), _COUNTER)
         # The superblock last: a holder killed before this leaves a memfd that is no log, not a half-made one.
-        header = _SUPER.pack(MAGIC, VERSION, 0, ring_bytes, handle_slots, 0, secret, store_uuid)
-        os.pwrite(fd, header + _SUPER_SUM.pack(checksum(header)), 0)
+        block = _SUPER.pack(MAGIC, VERSION, 0, ring_bytes, handle_slots, 0, secret, store_uuid)
+        os.pwrite(fd, block + _SUPER_SUM.pack(checksum(block)), 0)
 
     @classmethod
     def open(cls, fd: int, store_uuid: bytes) -> WriteLog:
         """The log in `fd`, which must be one of this version and this store; else BadFormat, and nothing is touched."""
-        header = os.pread(fd, _SUPER.size + _SUPER_SUM.size, 0)
-        if len(header) != _SUPER.size + _SUPER_SUM.size or header[:8] != MAGIC:
+        block = os.pread(fd, _SUPER.size + _SUPER_SUM.size, 0)
+        if len(block) != _SUPER.size + _SUPER_SUM.size or block[:8] != MAGIC:
             raise BadFormat("this memfd holds no write log")
-        _, version, _, size, slots, _, _, owner = _SUPER.unpack_from(header)
+        _, version, _, size, slots, _, _, owner = _SUPER.unpack_from(block)
         if version != VERSION:
             raise BadFormat(f"the write log has version {version}; this silofs knows {VERSION}")
-        if _SUPER_SUM.unpack_from(header, _SUPER.size)[0] != checksum(header[: _SUPER.size]):
+        if _SUPER_SUM.unpack_from(block, _SUPER.size)[0] != checksum(block[: _SUPER.size]):
             raise BadFormat("the write log's superblock is damaged")
         if owner != store_uuid:
             raise BadFormat("the write log belongs to another store")
@@ -169,7 +131,7 @@ class WriteLog:
     @property
     def used(self) -> int:
         """Bytes of the ring between tail and head."""
-        return (self._lap - self._tail.lap) * self._size + self._pos - self._tail.position
+        return span(self._tail, self.mark(), self._size)
 
     @property
     def size(self) -> int:
@@ -206,20 +168,7 @@ class WriteLog:
         body = position + HEADER
         ring = self.ring
         ring[body : body + count] = payload
-        header = _RECORD.pack(
-            RECORD_MAGIC,
-            VERSION,
-            kind,
-            self._lap,
-            lsn,
-            prev_lsn,
-            uuid,
-            epoch,
-            offset,
-            length,
-            checksum(payload, self._secret),
-        )
-        ring[position:body] = header + _SUM.pack(checksum(header, self._secret))
+        ring[position:body] = header(self._secret, kind, self._lap, lsn, prev_lsn, uuid, epoch, offset, length, payload)
         self._next_lsn = lsn + 1
         self._pos = (body + count + ALIGN - 1) & -ALIGN
         self.appended += 1
@@ -227,9 +176,8 @@ class WriteLog:
 
     def _wrap(self) -> None:
         if self._pos + HEADER <= self._size:
-            empty = checksum(b"", self._secret)
-            header = _RECORD.pack(RECORD_MAGIC, VERSION, WRAP, self._lap, self._next_lsn, 0, bytes(16), 0, 0, 0, empty)
-            self.ring[self._pos : self._pos + HEADER] = header + _SUM.pack(checksum(header, self._secret))
+            wrap = header(self._secret, WRAP, self._lap, self._next_lsn, 0, bytes(16), 0, 0, 0, b"")
+            self.ring[self._pos : self._pos + HEADER] = wrap
         self._lap += 1
         self._pos = 0
 
@@ -272,41 +220,11 @@ class WriteLog:
 
         Sets the head there: what follows is overwritten by the next append.
         """
-        lap, position, lsn = self._tail
-        while True:
-            if position + HEADER > self._size:
-                lap, position = lap + 1, 0
-            record = self._record_at(lap, position, lsn)
-            if record is None:
-                break
-            if record.kind == WRAP:
-                lap, position = lap + 1, 0
-                continue
-            lsn += 1
-            end = record.position + (0 if record.kind == ZERO else record.length)
-            position = (end + ALIGN - 1) & -ALIGN
+        for record, after in walk(self.ring, self._secret, self._tail):
             # The head moves with the iterator, so that a caller that stops early has lost nothing but the rest.
-            self._lap, self._pos, self._next_lsn = lap, position, lsn
-            yield record
-        self._lap, self._pos, self._next_lsn = lap, position, lsn
-
-    def _record_at(self, lap: int, position: int, lsn: int) -> Record | None:
-        header = bytes(self.ring[position : position + _RECORD.size])
-        magic, version, kind, its_lap, its_lsn, prev, uuid, epoch, offset, length, payload_sum = _RECORD.unpack(header)
-        if magic != RECORD_MAGIC or its_lap != lap or its_lsn != lsn:
-            return None
-        (expected,) = _SUM.unpack_from(self.ring, position + _RECORD.size)
-        if checksum(header, self._secret) != expected:
-            return None
-        if version != VERSION or kind not in _KINDS:
-            raise BadFormat(f"the write log has a record of an unknown version or kind ({version}, {kind})")
-        body = position + HEADER
-        payload = 0 if kind == ZERO else length
-        if payload > LOG_RECORD_MAX or body + payload > self._size:
-            raise BadFormat("a record of the write log is longer than any that is written")
-        if checksum(self.ring[body : body + payload], self._secret) != payload_sum:
-            return None
-        return Record(kind, its_lsn, prev, uuid, epoch, offset, length, body)
+            self._lap, self._pos, self._next_lsn = after
+            if record.kind != WRAP:
+                yield record
 
     def statistics(self) -> dict[str, int]:
         return {

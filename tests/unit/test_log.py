@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from silofs.errors import BadFormat, TooManyOpen
 from silofs.layers.handles import SLOT
-from silofs.layers.log import HEADER, WRITE, ZERO, Record, WriteLog
+from silofs.layers.log import WriteLog
+from silofs.layers.records import HEADER, WRITE, ZERO, Record
 
 STORE = b"S" * 16
 VOLUME = b"V" * 16

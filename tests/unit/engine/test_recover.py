@@ -9,7 +9,8 @@ from trio.testing import MockClock
 
 from silofs.blocks import PAGE
 from silofs.layers.catalog import Ownership, Role
-from silofs.layers.log import WRITE, WriteLog
+from silofs.layers.log import WriteLog
+from silofs.layers.records import WRITE
 
 from .rig import Rig, page, read, write
 
