@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from silofs.blocks import LEAF_PAGES
+from silofs.blocks import LEAF_PAGES, LEAF_SHIFT
 from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
 from silofs.layers.catalog import Layer
@@ -27,6 +27,9 @@ from silofs.layers.schema import CHUNK_LEAVES, CHUNK_SHIFT, Refs
 from silofs.layers.warm import Entry, WarmLeaves
 
 log = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.int64]
+_IN_LEAF: Numbers = np.arange(LEAF_PAGES)
 
 
 class Changes(ObjectChanges):
@@ -184,10 +187,13 @@ class Changes(ObjectChanges):
             count += 1 if present else -1
         self.change_layer(layer_id, chunks=chunks, leaves=count)
 
-    def account(self, layer_id: int, old: Refs, new: Refs) -> None:
-        """Count a layer's entries that changed from `old` to `new`, and release what `old` referred to."""
-        before = np.bincount(schema.kinds(old).ravel().astype(np.intp), minlength=8)
-        after = np.bincount(schema.kinds(new).ravel().astype(np.intp), minlength=8)
+    def account(self, layer_id: int, pages: Numbers, old: Refs, new: Refs) -> None:
+        """Count a layer's entries that changed from `old` to `new`, and release what `old` referred to.
+
+        `pages`: their numbers in the layer. All three are flat and of one length.
+        """
+        before = np.bincount(schema.kinds(old).astype(np.intp), minlength=8)
+        after = np.bincount(schema.kinds(new).astype(np.intp), minlength=8)
         change = (after - before).tolist()
         own = change[schema.DATA] + change[schema.LONE]
         if own or change[schema.REMOTE] or change[schema.LOST]:
@@ -215,7 +221,7 @@ class Changes(ObjectChanges):
         if same.any():
             row = own.copy()
             row[at[same]] = new[same]
-            self.account(layer_id, old[same], new[same])
+            self.account(layer_id, (leaf << LEAF_SHIFT) + at[same], old[same], new[same])
             self.put_leaves(layer_id, [leaf], row.reshape(1, -1), [bool(own.any())])
             self.chill_leaf(leaf)
         return int(np.count_nonzero(same))
@@ -232,7 +238,7 @@ class Changes(ObjectChanges):
             found.append((key, refs))
         for key, refs in found:
             self._delete(schema.LEAF, key)
-            self.account(layer_id, refs, leaves.HOLES)
+            self.account(layer_id, pages_of(schema.PAIR.unpack(key)[1]), refs, leaves.HOLES)
         numbers = [schema.PAIR.unpack(key)[1] for key, _ in found]
         self._put_sums(layer_id, dict.fromkeys(numbers, 0))
         self._mark(layer_id, numbers, False)
@@ -295,3 +301,7 @@ class Changes(ObjectChanges):
             payload = catalog.encode(schema.META, schema.META_STATE, self._counters)
             self._put(schema.META, schema.META_STATE, payload)
 
+
+def pages_of(leaf: int) -> Numbers:
+    """The numbers of a leaf's pages."""
+    return _IN_LEAF + (leaf << LEAF_SHIFT)

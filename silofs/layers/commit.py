@@ -21,8 +21,8 @@ from silofs.errors import Busy, Damaged
 from silofs.extents import Extents
 from silofs.layers import schema
 from silofs.layers.catalog import Volume
-from silofs.layers.changes import Changes
-from silofs.layers.heads import HeadWriter, Numbers
+from silofs.layers.changes import Changes, Numbers
+from silofs.layers.heads import HeadWriter
 from silofs.layers.pending import Patch, Pending
 from silofs.layers.schema import Buffer, Refs
 from silofs.layers.transaction import RunAgain

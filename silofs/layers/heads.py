@@ -19,12 +19,10 @@ from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, pages_for
 from silofs.extents import Extents
 from silofs.layers import leaves, schema
 from silofs.layers.catalog import Volume
-from silofs.layers.changes import Changes
+from silofs.layers.changes import Changes, Numbers
 from silofs.layers.schema import Buffer, Refs
 from silofs.layers.warm import Entry
 from silofs.limits import WRITER_LEAVES
-
-Numbers = npt.NDArray[np.int64]
 
 ROWS: Final = 256  # leaves changed at once: 1 MiB a matrix
 ZEROED_KEPT: Final = 256  # leaves of a zeroed range that are kept resolved; those of larger ranges are only named stale
@@ -108,7 +106,7 @@ class HeadWriter:
         own.reshape(-1)[flat] = refs
         seen.reshape(-1)[flat] = refs
         self.data_pages += schema.count_data(refs) - before
-        txn.account(head, old, refs)
+        txn.account(head, (np.array(numbers)[flat >> LEAF_SHIFT] << LEAF_SHIFT) | (flat & LEAF_MASK), old, refs)
         txn.put_leaves(head, numbers, own, existed)
         for row, leaf in enumerate(numbers):
             if keep:

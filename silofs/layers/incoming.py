@@ -15,6 +15,7 @@ from silofs.errors import Busy, Exists
 from silofs.extents import Extents
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Pin, Value, Volume
+from silofs.layers.changes import pages_of
 from silofs.layers.heads import ROWS
 from silofs.layers.schema import Buffer
 from silofs.layers.volumes import VolumeChanges, checked_size
@@ -73,7 +74,8 @@ class IncomingChanges(VolumeChanges):
                 if self.layer(layer_id).data_pages != catalog.UNCOUNTED:
                     raise Busy(f"layer {layer_id} is in use, and its map is closed")
                 # Only those: what stays as it was must not be released.
-                self.account(layer_id, old[changed], rows[changed])
+                page_numbers = np.stack([pages_of(leaf) for leaf in some])
+                self.account(layer_id, page_numbers[changed], old[changed], rows[changed])
                 self.put_leaves(layer_id, some, rows, np.any(old, axis=1).tolist())
         if mapped is not None and mapped > self.layer(layer_id).mapped:
             self.change_layer(layer_id, mapped=min(mapped, pages_for(layer.size)))
@@ -123,7 +125,7 @@ class IncomingChanges(VolumeChanges):
             inside = np.array(pages[at:end]) & LEAF_MASK
             old = own[inside]
             own[inside] = np.array(refs[at:end], np.uint64)
-            self.account(layer_id, old, own[inside])
+            self.account(layer_id, np.array(pages[at:end]), old, own[inside])
             self.put_leaves(layer_id, [leaf], rows, [True])
             self.chill_leaf(leaf)
             at = end

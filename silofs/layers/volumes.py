@@ -18,7 +18,7 @@ from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, PAGE, PAGE_SHIFT, p
 from silofs.errors import BadName, BadSize, Busy, Damaged, Exists
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Ownership, Role, Snapshot, Value, Volume
-from silofs.layers.changes import Changes
+from silofs.layers.changes import Changes, pages_of
 from silofs.layers.heads import ROWS, HeadWriter
 from silofs.limits import CHAIN_DEPTH_MAX, IMAGE_SUFFIX, NAME, SIZE_MAX
 
@@ -195,7 +195,8 @@ class VolumeChanges(Changes):
                 keep[0, : end_page & LEAF_MASK] = True
             old = rows[~keep]
             rows[~keep] = schema.HOLE
-            self.account(head, old, rows[~keep])
+            pages = np.stack([pages_of(leaf) for leaf in some])
+            self.account(head, pages[~keep], old, rows[~keep])
             self.put_leaves(head, some, rows, existed)
         self.chill_head(head, end_page // LEAF_PAGES)
 
