@@ -153,6 +153,7 @@ class Daemon:
 
     async def _serve(self, message: Message) -> int:
         (fuse,) = message.fds
+        self._log.upgrade()  # not before it is known that this program can open the store: then the old one goes on
         self._restarts = int(message.fields.get("restarts", 0))
         self._capabilities = [str(word) for word in message.fields.get("capabilities", [])]
         service = Service(self._engine, host=self)

@@ -129,6 +129,13 @@ class TooManyOpen(UserError):
     default_hint = "close files on this mount first"
 
 
+class NoLocks(UserError):
+    code = "no_locks"
+    errno = _errno.ENOLCK
+    exit_code = Exit.BUSY
+    default_hint = "close files on this mount, or unlock ranges of them"
+
+
 class Unsupported(UserError):
     code = "unsupported"
     errno = _errno.EOPNOTSUPP

@@ -37,6 +37,9 @@ BACKGROUND_SHARE = 0.5  # of the time that background work takes at most while i
 BACKGROUND_WAIT_S = 10.0  # when there was nothing to do and nothing was committed since, it looks again after this long
 BACKGROUND_RETRY_S = 10.0  # after a step failed, times the failures in a row
 HANDLES_MAX = 4096  # open handles per mount
+LOCKS_MAX = 8192  # byte range locks per mount, and
+LOCKS_HANDLE_MAX = 1024  # set through one handle
+NOTES_MAX = 64  # who may look at pages of the store at a time and say so in the memfd
 
 # Caches
 WRITER_LEAVES = 2048  # leaves of heads that the writer keeps between commits, 4 or 8 KiB each

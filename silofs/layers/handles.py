@@ -8,15 +8,15 @@ never reused, so a late RELEASE cannot hit another handle.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest as checksum
 
 from silofs.errors import TooManyOpen
+from silofs.layers.memfd import SLOT
 
-SLOT: Final = 64
 _SLOT = Struct("<QQ16sQQ8x")
 _SUM = Struct("<Q")
 assert _SLOT.size + _SUM.size == SLOT
@@ -33,11 +33,15 @@ class Handle(NamedTuple):
 
 
 class HandleTable:
-    """Handles by id. Lookups are a dict's; the table behind it is written through."""
+    """Handles by id. Lookups are a dict's; the table behind it is written through.
 
-    __slots__ = ("_by_id", "_by_request", "_counter", "_free", "_table", "_where")
+    closing: called with a handle's id before it is forgotten, for what hangs on it (its locks).
+    """
+
+    __slots__ = ("_by_id", "_by_request", "_counter", "_free", "_table", "_where", "closing")
 
     def __init__(self, table: memoryview, counter: memoryview) -> None:
+        self.closing: Callable[[int], None] = lambda fh: None
         self._table = table
         self._counter = counter
         self._by_id: dict[int, Handle] = {}
@@ -84,9 +88,11 @@ class HandleTable:
 
     def release(self, fh: int) -> Handle | None:
         """Forget a handle; None when there is none (a resent RELEASE)."""
-        handle = self._by_id.pop(fh, None)
+        handle = self._by_id.get(fh)
         if handle is None:
             return None
+        self.closing(fh)
+        del self._by_id[fh]
         at = self._where.pop(fh)
         self._by_request.pop(handle.request, None)
         self._table[at : at + 8] = bytes(8)

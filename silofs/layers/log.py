@@ -4,41 +4,25 @@ The ring *is* the write buffer. A write is copied here once, and is acknowledged
 positions over it, and a commit reads the pages from here. A daemon that is killed leaves the memfd with the holder, and
 its successor replays it (docs/write-path.md). A power cut takes it all, as it takes the cache of a disk.
 
-Layout of the memfd, little-endian (every area starts on a multiple of 4096):
-
-    superblock     4096   magic, version, ring bytes, handle slots, secret, store uuid, checksum
-    tail slots     4096   two slots of 64 bytes at 0 and 64, the counter of handle ids at 128
-    handle table   HANDLES_MAX x 64 bytes (silofs/layers/handles.py)
-    ring           the records
-
-What a record looks like, and why a leftover is never replayed: silofs/layers/records.py.
+What a record looks like, and why a leftover is never replayed: silofs/layers/records.py. Where in the memfd each thing
+lies: silofs/layers/memfd.py.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final
 
 from xxhash import xxh3_64_intdigest as checksum
 
 from silofs.errors import BadFormat
-from silofs.layers.handles import SLOT, HandleTable
+from silofs.layers.handles import HandleTable
+from silofs.layers.locks import LockTable
+from silofs.layers.memfd import COUNTER, TAILS, Memfd
 from silofs.layers.records import ALIGN, HEADER, WRAP, Mark, Record, header, span, walk
 from silofs.limits import HANDLES_MAX, LOG_BYTES
 
-VERSION: Final = 1
-MAGIC: Final = b"silolog\0"
-
-_AREA = 4096
-_TAILS = _AREA
-_COUNTER = _TAILS + 128
-_HANDLES = 2 * _AREA
-
-_SUPER = Struct("<8sIIQIIQ16s")  # magic, version, -, ring bytes, handle slots, -, secret, store uuid
-_SUPER_SUM = Struct("<Q")
 _TAIL = Struct("<QQQQ")  # sequence, lap, position, LSN of the record expected there
 _SUM = Struct("<Q")
 
@@ -51,7 +35,6 @@ class WriteLog:
 
     __slots__ = (
         "_lap",
-        "_map",
         "_next_lsn",
         "_pos",
         "_secret",
@@ -60,56 +43,54 @@ class WriteLog:
         "_tail",
         "appended",
         "handles",
+        "locks",
+        "memory",
         "ring",
     )
 
-    def __init__(self, area: mmap.mmap) -> None:
-        view = memoryview(area)
-        self._map = view
-        _, _, _, size, slots, _, self._secret, _ = _SUPER.unpack_from(view)
-        start = _HANDLES + slots * SLOT
-        self._size: int = size
-        self.ring = view[start : start + size]
-        self.handles = HandleTable(view[_HANDLES:start], view[_COUNTER : _COUNTER + 8])
+    def __init__(self, memory: Memfd) -> None:
+        self.memory = memory
+        self._secret = memory.superblock.secret
+        self._size = memory.superblock.ring_bytes
+        self.ring = memory.ring
+        self.handles = HandleTable(memory.handles, memory.counter)
+        self.locks = self._lock_table()
         self._sequence, self._tail = self._newest_tail()
         self._lap, self._pos, self._next_lsn = self._tail
         self.appended = 0
         for _ in self.replay():  # finds the head: the place after the last whole record
             pass
 
+    def _lock_table(self) -> LockTable | None:
+        return LockTable(self.memory.locks, self.handles) if self.memory.superblock.locks else None
+
+    def upgrade(self) -> None:
+        """Make a log that an earlier program left one of this version. `locks` is a table afterwards."""
+        self.memory.upgrade()
+        if self.locks is None:
+            self.locks = self._lock_table()
+
     @staticmethod
     def format(fd: int, store_uuid: bytes, ring_bytes: int = LOG_BYTES, handle_slots: int = HANDLES_MAX) -> None:
         """Make an empty log in the memfd `fd`. `ring_bytes` is a multiple of 64."""
         if ring_bytes % ALIGN or ring_bytes < 4 * HEADER:
             raise ValueError(f"a ring of {ring_bytes} bytes cannot hold records")
-        os.ftruncate(fd, 0)
-        start = _HANDLES + handle_slots * SLOT
-        os.ftruncate(fd, start + ring_bytes)
-        secret = int.from_bytes(os.urandom(8), "little")
+        block = Memfd.format(fd, store_uuid, ring_bytes=ring_bytes, handle_slots=handle_slots)
         tail = _TAIL.pack(1, 1, 0, 1)
-        os.pwrite(fd, tail + _SUM.pack(checksum(tail, secret)), _TAILS + ALIGN)
-        os.pwrite(fd, (1).to_bytes(8, "little"), _COUNTER)
-        # The superblock last: a holder killed before this leaves a memfd that is no log, not a half-made one.
-        block = _SUPER.pack(MAGIC, VERSION, 0, ring_bytes, handle_slots, 0, secret, store_uuid)
-        os.pwrite(fd, block + _SUPER_SUM.pack(checksum(block)), 0)
+        os.pwrite(fd, tail + _SUM.pack(checksum(tail, block.secret)), TAILS + ALIGN)
+        os.pwrite(fd, (1).to_bytes(8, "little"), COUNTER)
+        Memfd.seal(fd, block)
 
     @classmethod
     def open(cls, fd: int, store_uuid: bytes) -> WriteLog:
-        """The log in `fd`, which must be one of this version and this store; else BadFormat, and nothing is touched."""
-        block = os.pread(fd, _SUPER.size + _SUPER_SUM.size, 0)
-        if len(block) != _SUPER.size + _SUPER_SUM.size or block[:8] != MAGIC:
-            raise BadFormat("this memfd holds no write log")
-        _, version, _, size, slots, _, _, owner = _SUPER.unpack_from(block)
-        if version != VERSION:
-            raise BadFormat(f"the write log has version {version}; this silofs knows {VERSION}")
-        if _SUPER_SUM.unpack_from(block, _SUPER.size)[0] != checksum(block[: _SUPER.size]):
-            raise BadFormat("the write log's superblock is damaged")
-        if owner != store_uuid:
+        """The log in `fd`, which must be of a known version and of this store; else BadFormat, and nothing is touched.
+
+        One of an earlier version is used as it is, without what came later, until `upgrade`.
+        """
+        memory = Memfd(fd)
+        if memory.superblock.store != store_uuid:
             raise BadFormat("the write log belongs to another store")
-        total = _HANDLES + slots * SLOT + size
-        if os.fstat(fd).st_size != total:
-            raise BadFormat("the write log is cut short")
-        return cls(mmap.mmap(fd, total))
+        return cls(memory)
 
     # Appending
 
@@ -194,17 +175,18 @@ class WriteLog:
         replay only sees more records that are applied already.
         """
         sequence = self._sequence + 1
-        slot = _TAILS + (sequence & 1) * ALIGN
+        slot = (sequence & 1) * ALIGN
         tail = _TAIL.pack(sequence, *mark)
-        self._map[slot : slot + _TAIL.size + _SUM.size] = tail + _SUM.pack(checksum(tail, self._secret))
+        self.memory.tails[slot : slot + _TAIL.size + _SUM.size] = tail + _SUM.pack(checksum(tail, self._secret))
         self._sequence = sequence
         self._tail = mark
 
     def _newest_tail(self) -> tuple[int, Mark]:
         best: tuple[int, Mark] | None = None
-        for slot in (_TAILS, _TAILS + ALIGN):
-            tail = bytes(self._map[slot : slot + _TAIL.size])
-            (expected,) = _SUM.unpack_from(self._map, slot + _TAIL.size)
+        tails = self.memory.tails
+        for slot in (0, ALIGN):
+            tail = bytes(tails[slot : slot + _TAIL.size])
+            (expected,) = _SUM.unpack_from(tails, slot + _TAIL.size)
             if checksum(tail, self._secret) == expected:
                 sequence, lap, position, lsn = _TAIL.unpack(tail)
                 if best is None or sequence > best[0]:

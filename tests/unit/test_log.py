@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from silofs import failpoints
 from silofs.errors import BadFormat, TooManyOpen
-from silofs.layers.handles import SLOT
+from silofs.layers import memfd as layout
+from silofs.layers.locks import WRITE as FOR_WRITING
 from silofs.layers.log import WriteLog
+from silofs.layers.memfd import SLOT, Memfd
 from silofs.layers.records import HEADER, WRITE, ZERO, Record
 
 STORE = b"S" * 16
@@ -215,6 +218,55 @@ def test_a_flipped_bit_ends_the_replay_before_its_record(flip: int, bit: int) ->
             append(log, name)
         log.ring[flip] ^= 1 << bit
         assert [lsn for lsn, _ in contents(WriteLog.open(fd, STORE))] == list(range(1, flip // (HEADER + 64) + 1))
+
+
+# Versions
+
+
+def make_version_1(fd: int) -> None:
+    """Turn a log of today into what the program before locks made: the same areas, and nothing behind the ring."""
+    block = Memfd(fd).superblock._replace(version=1, locks=0, notes=0)
+    os.pwrite(fd, block.encode(), 0)
+    os.ftruncate(fd, block.total)
+
+
+def version_1_takes(fd: int) -> bool:
+    """What that program asked before it touched anything."""
+    size, version = os.fstat(fd).st_size, int.from_bytes(os.pread(fd, 4, 8), "little")
+    return version == 1 and size == Memfd(fd).superblock.total
+
+
+def test_a_log_of_version_1_is_taken_over_and_becomes_one_of_today() -> None:
+    with memfd() as fd:
+        make_version_1(fd)
+        log = WriteLog.open(fd, STORE)
+        append(log, b"written by the old program")
+        handle = log.handles.allocate(VOLUME, os.O_RDWR)
+        assert version_1_takes(fd)
+        log = WriteLog.open(fd, STORE)
+        assert log.locks is None and version_1_takes(fd), "nothing is changed by looking"
+        log.upgrade()
+        assert log.locks is not None and not version_1_takes(fd)
+        append(log, b"by the new one")
+        log.locks.set(handle, 7, 0, 99, FOR_WRITING)
+        log = WriteLog.open(fd, STORE)
+        assert log.memory.superblock.version == layout.VERSION
+        assert contents(log) == [(1, b"written by the old program"), (2, b"by the new one")]
+        assert log.locks is not None and [lock.handle for lock in log.locks.items(VOLUME)] == [handle]
+
+
+def test_an_upgrade_that_is_killed_is_begun_again() -> None:
+    with memfd() as fd:
+        make_version_1(fd)
+        append(WriteLog.open(fd, STORE), b"old")
+        failpoints.rearm("log.upgrade:raise")
+        with pytest.raises(failpoints.FailpointReached):
+            WriteLog.open(fd, STORE).upgrade()
+        failpoints.rearm("")
+        log = WriteLog.open(fd, STORE)
+        assert log.locks is None and contents(log) == [(1, b"old")]
+        log.upgrade()
+        assert contents(WriteLog.open(fd, STORE)) == [(1, b"old")]
 
 
 # Handles
