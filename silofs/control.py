@@ -40,6 +40,11 @@ class Call:
         self._stream = stream
         self._gone = False
 
+    @property
+    def uid(self) -> int:
+        """Whose request it is."""
+        return peer_uid(self._stream.socket)
+
     async def progress(self, **fields: Any) -> None:
         """Send one progress line; does nothing once the client is gone."""
         await self.send({"type": "progress", **fields})
@@ -135,12 +140,17 @@ def _listen(path: Path) -> socket.socket:
     return sock
 
 
-def authorised(sock: trio.socket.SocketType) -> bool:
-    """Whether the other end is this daemon's user, or root."""
+def peer_uid(sock: trio.socket.SocketType) -> int:
+    """The user at the other end."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     assert isinstance(raw, bytes)
-    _, uid, _ = _UCRED.unpack(raw)
-    return uid in (0, os.geteuid())
+    uid: int = _UCRED.unpack(raw)[1]
+    return uid
+
+
+def authorised(sock: trio.socket.SocketType) -> bool:
+    """Whether the other end is this daemon's user, or root."""
+    return peer_uid(sock) in (0, os.geteuid())
 
 
 async def _connection(stream: trio.SocketStream, service: Dispatcher) -> None:

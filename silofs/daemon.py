@@ -28,6 +28,7 @@ import trio
 from silofs import __version__, control, limits
 from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
+from silofs.freezing import Freezes
 from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
 from silofs.mount import extension  # before pyfuse3 is imported
@@ -157,15 +158,14 @@ class Daemon:
         self._restarts = int(message.fields.get("restarts", 0))
         self._capabilities = [str(word) for word in message.fields.get("capabilities", [])]
         service = Service(self._engine, host=self)
-
-        async def before_change(verb: str, name: str) -> None:
-            if service.before_change is not None:
-                await service.before_change(verb, name)
+        held = Freezes(self._engine)
+        held.register(service)
 
         async with trio.open_nursery() as nursery:
             await nursery.start(self._engine.run)
+            await nursery.start(held.run)
             await Peers(self._engine, self._args.listen).start(nursery, service)
-            self._adapter.bind(Volumes(self._engine, self._log.handles, service.view, self._space, before_change))
+            self._adapter.bind(Volumes(self._engine, self._log.handles, service.view, self._space, service.guard))
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
             nursery.start_soon(self._signals)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from silofs import limits
+from silofs import freezes, limits
 from silofs.blocks import PAGE
 from silofs.layers.catalog import Layer, Ownership, Role, Snapshot, Volume
 from silofs.layers.reader import ReadTxn
+from silofs.times import rfc3339
 
 Fields = dict[str, Any]
 
@@ -47,11 +47,6 @@ class View:
 
     def path(self, name: str) -> str | None:
         return None if self.mountpoint is None else f"{self.mountpoint}/{name}{limits.IMAGE_SUFFIX}"
-
-
-def rfc3339(ns: int) -> str:
-    """Nanoseconds since 1970 as RFC 3339, UTC, whole seconds."""
-    return datetime.fromtimestamp(ns // 1_000_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Facts:
@@ -93,6 +88,7 @@ class Facts:
             "remote": sum(layer.remote_pages for layer in chain) * PAGE,
             "lost": sum(layer.lost_pages for layer in chain) * PAGE,
             "open_count": self._view.opens.get(volume.uuid, 0),
+            "frozen": freeze.fields() if (freeze := freezes.found(txn, volume.uuid)) is not None else None,
             "parent": self.parent(volume, chain),
             "created": rfc3339(volume.created_ns),
             "modified": rfc3339(volume.mtime_ns),
@@ -149,6 +145,7 @@ def tombstone(ownership: Ownership, view: View) -> Fields:
         "epoch": ownership.epoch,
         "peer": view.peer(ownership.peer) if ownership.peer else None,
         "open_count": 0,
+        "frozen": None,
         "parent": None,
         "created": None,
         "modified": changed,

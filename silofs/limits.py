@@ -71,6 +71,9 @@ CONTROL_LINE_BYTES_MAX = 1 * MIB  # of a request
 CONTROL_CONNECTIONS_MAX = 64  # at a time; each is one command
 CONTROL_REQUEST_S = 10.0  # a connection that has not sent its request by then is closed
 CONTROL_FDS_MAX = 4  # files that may come with one request
+HOLD_S = 30.0  # a volume that was frozen by a command thaws itself after this, unless the command says
+HOLD_MAX_S = 3600.0  # at most; guests give a disk up whose writes hang
+HOLD_TEXT_MAX = 200  # characters of a freeze's owner and reason
 SNAPSHOTS_AT_ONCE = 256  # snapshots that one command takes in one transaction
 HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
 

@@ -36,15 +36,17 @@ class Host(Protocol):
 class Service:
     """All verbs of one daemon; without a `host` those that work on volumes.
 
-    before_change: awaited before a snapshot, clone, rm, rollback, rename or resize of a volume, with (verb, name); a
-    migration refuses there (Busy), or ends its attempt. migrations: counts those that are not over, for `status`.
-    peer_name: what a peer is called here, by what ownership records call it.
+    before_change: awaited before a snapshot, clone, freeze, rm, rollback, rename or resize of a volume, with (verb,
+    name); a migration refuses there (Busy), or ends its attempt. frozen: what `status` says of freezes. migrations:
+    counts those that are not over, for `status`. peer_name: what a peer is called here, by what ownership records call
+    it.
     """
 
     def __init__(self, engine: Volumes, host: Host | None = None) -> None:
         self.migrations: Callable[[], int] = lambda: 0
         self.peer_name: Callable[[str], str] = str
         self.before_change: Callable[[str, str], Awaitable[None]] | None = None
+        self.frozen: Callable[[], Fields] = dict
         self._engine = engine
         self._host = host
         self._handlers: dict[str, tuple[Handler, bool]] = {}
@@ -75,10 +77,15 @@ class Service:
         found = self._handlers.get(verb)
         if found is None:
             raise Unsupported(f"this daemon has no verb {verb[:64]!r}", hint="silofs version shows its version")
-        if verb in CHANGES and self.before_change is not None:
+        if verb in CHANGES:
             for name in _subjects(verb, args):
-                await self.before_change(verb, name)
+                await self.guard(verb, name)
         return await found[0](args, call)
+
+    async def guard(self, verb: str, name: str) -> None:
+        """Ask whoever has a say before a volume changes; raises Busy."""
+        if self.before_change is not None:
+            await self.before_change(verb, name)
 
     def view(self) -> View:
         """What verbs show beside the store's records, as of now."""
@@ -124,7 +131,7 @@ class Service:
 
     async def _status(self, args: Args, call: Call) -> Fields:
         fields = {"store": str(self._engine.store.path), "dirty_bytes": self._engine.dirty_bytes}
-        fields |= {"migrations": self.migrations(), "volumes": None, **self._about()}
+        fields |= {"migrations": self.migrations(), "volumes": None, **self.frozen(), **self._about()}
         if self._engine.store.broken and fields.get("state") == "serving":
             fields["state"] = "readonly"
         with contextlib.suppress(StoreError):  # a store that cannot be read is no reason to say nothing

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from silofs import limits
+from silofs import freezes, limits
 from silofs.blocks import PAGE
 from silofs.errors import Busy, Exists, Interrupted, NoSuchVolume, NotOwner, UserError
 from silofs.facts import ROLES, Facts, Fields, View, departed, snapshot_fields, tombstone
@@ -232,8 +232,9 @@ def unused(volume: Volume, view: View) -> None:
 
 
 def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
-    """Raises Busy while the volume is in use, or a migration needs its data."""
+    """Raises Busy while the volume is in use or frozen, or a migration needs its data."""
     unused(volume, view)
+    freezes.check(txn, volume, "removing it")
     ownership = txn.ownership(volume.uuid)
     role = Role.NONE if ownership is None else ownership.role
     if role in (Role.INCOMING, Role.CEDED):
@@ -284,6 +285,7 @@ def compared(txn: ReadTxn, args: Args) -> list[State]:
 def rollback(txn: WriteTxn, args: Args, view: View) -> Fields:
     volume = owned(txn, name_in(args, "volume"), "a rollback")
     unused(volume, view)
+    freezes.check(txn, volume, "a rollback")
     kept = txn.find_snapshot(volume.uuid, name_in(args, "snapshot"))
     return Facts(txn, view).info(txn.rollback(volume.uuid, kept.layer))
 
@@ -296,6 +298,7 @@ def rename(txn: WriteTxn, args: Args, view: View) -> Fields:
 
 def resize(txn: WriteTxn, args: Args, view: View) -> Fields:
     volume = owned(txn, name_in(args, "name"), "resizing it")
+    freezes.check(txn, volume, "resizing it")
     size = size_in(args, "size")
     if size < volume.size and not flag(args, "shrink"):
         hint = "repeat it with --yes to cut its end off"

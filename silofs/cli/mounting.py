@@ -139,6 +139,8 @@ def _status_text(fields: dict[str, Any]) -> str:
     for key, value in fields.items():
         if value in (None, "", []):
             continue
+        if key in ("frozen", "expired_freezes"):
+            value = [f"{each['volume']} by {each['owner']} until {each['until']}" for each in value]
         shown = show_size(value) if key.endswith("_bytes") and isinstance(value, int) else value
         rows.append((key.replace("_", " "), ", ".join(map(str, shown)) if isinstance(shown, list) else shown))
     return pairs(rows)

@@ -33,6 +33,8 @@ VERBS = {
     "clone": "volumes",
     "rollback": "volumes",
     "diff": "diffs",
+    "freeze": "freezing",
+    "thaw": "freezing",
     "rm": "volumes",
     "rename": "volumes",
     "resize": "volumes",

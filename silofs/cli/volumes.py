@@ -48,12 +48,16 @@ def _volume_table(volumes: Sequence[dict[str, Any]]) -> str | None:
     if not volumes:
         return None
     rows = [
-        (v["name"], show_size(v["virtual_size"]), show_size(v["allocated"]), show_size(v["unique"]), v["role"])
+        (v["name"], show_size(v["virtual_size"]), show_size(v["allocated"]), show_size(v["unique"]), _role(v))
         + (len(v["snapshots"]), v["parent"] or "-")
         for v in volumes
     ]
     headers = ("NAME", "SIZE", "ALLOCATED", "UNIQUE", "ROLE", "SNAPSHOTS", "PARENT")
     return table(headers, rows, right=frozenset({1, 2, 3, 5}))
+
+
+def _role(v: dict[str, Any]) -> str:
+    return f"{v['role']}, frozen" if v["frozen"] else str(v["role"])
 
 
 @click.command("info", short_help="Show one volume.")
@@ -79,7 +83,8 @@ def _volume_text(v: dict[str, Any]) -> str:
             ("parent", v["parent"] or "-"),
             ("role", f"{v['role']} (epoch {v['epoch']})"),
             ("open", v["open_count"]),
-            ("created", v["created"]),
+            *([("created", v["created"])] if v["created"] else []),
+            *([("frozen", f"by {v['frozen']['owner']} until {v['frozen']['until']}")] if v["frozen"] else []),
         ]
     )
     if v["snapshots"]:

@@ -201,10 +201,15 @@ class Commits:
         return stepped
 
     async def resize(self, volume: VolumeState, size: int) -> None:
-        """Change the volume's size. Its mutations wait meanwhile, so none lands on the far side of a shrink."""
-        refusal = volume.refusal()
-        if refusal is not None:
-            raise refusal
+        """Change the volume's size. Its mutations wait meanwhile, so none lands on the far side of a shrink; and it
+        waits itself, as they do, while the volume is frozen."""
+        while True:
+            refusal = volume.refusal()
+            if refusal is not None:
+                raise refusal
+            if not volume.frozen:
+                break
+            await volume.moved.wait()
         volume.freeze()
         try:
             await self.transact(lambda txn: txn.resize(volume.uuid, size))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from silofs import failpoints
+from silofs import failpoints, freezes
 from silofs.engine import Engine
 from silofs.errors import Busy, NoSuchThing, PeerUnreachable, ProtocolError, SiloError, StoreBroken
 from silofs.layers.catalog import UNCOUNTED
@@ -102,6 +102,7 @@ class Migrations:
         for volume in volumes:
             if any(volume.uuid in mover.uuids for mover in self.movers.values()):
                 raise Busy(f"{volume.name} is in another migration already", hint="silofs migration ls")
+            freezes.check(reader, volume, "migrating it")
         machine, actions = SourceMachine.start(
             migration=os.urandom(16),
             peer=peer.store_id,
@@ -430,7 +431,8 @@ class Migrations:
 
     def guard(self, uuid: bytes, change: str) -> None:
         """Before a volume is renamed, resized, removed, rolled back or snapshotted. Busy while that is not possible;
-        a rename, removal or rollback before the freeze ends the attempt instead. Only a RETURN refuses a clone."""
+        a rename, removal or rollback before the freeze ends the attempt instead. Only a RETURN refuses a clone. A
+        freeze by command and a migration exclude each other, but for a volume that is owned here and still arriving."""
         for mover in self.movers.values():
             if uuid not in mover.uuids:
                 continue
@@ -439,6 +441,8 @@ class Migrations:
                     raise Busy(f"it goes back in migration {mover.name}", hint=f"silofs migration show {mover.name}")
                 continue
             owning = mover.side is Side.TARGET and mover.progress.phase in (Phase.PULLING, Phase.COMPLETE)
+            if change == "freeze" and not owning:
+                raise Busy(f"it is in migration {mover.name}", hint=f"silofs migration show {mover.name}")
             if mover.machine.locked and not (owning and change in ("snapshot", "rename", "resize")):
                 raise Busy(f"it is in migration {mover.name}", hint=f"silofs migration show {mover.name}")
             if mover.side is Side.SOURCE and change in ("rename", "rm", "rollback"):

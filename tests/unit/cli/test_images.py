@@ -389,7 +389,7 @@ def test_a_store_of_another_version(silofs: Silofs, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(schema, "FORMAT_VERSION", schema.FORMAT_VERSION - 1)
     error = silofs.fails(1, "ls")
     assert error["code"] == "bad_format"
-    assert "version" in error["hint"]
+    assert "newer" in error["hint"]
 
 
 def test_a_directory_that_is_no_store(silofs: Silofs, tmp_path: Path) -> None:
