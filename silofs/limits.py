@@ -44,6 +44,7 @@ NOTES_MAX = 64  # who may look at pages of the store at a time and say so in the
 # Caches
 WRITER_LEAVES = 2048  # leaves of heads that the writer keeps between commits, 4 or 8 KiB each
 RESOLVED_LEAVES = 4096  # resolved leaves kept, 4 KiB each: 16 MiB, covers 8 GiB of hot volume
+SEEK_LEAVES = 256  # resolved in one go by a search for data or holes: some 10 ms of a thread
 READ_THREADS = 8  # cold reads in flight
 WARM_OBJECTS = 65536  # objects believed to be in memory, 124 KiB of pages each: 8 GiB
 WARM_S = 30.0  # what nobody read for this long may have left the page cache: a thread touches it first

@@ -16,6 +16,7 @@ from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine.background import Background
 from silofs.engine.commits import Commits
 from silofs.engine.gather import ZEROS
+from silofs.engine.ranges import Ranges
 from silofs.engine.reads import Reads
 from silofs.engine.recover import Recovered, recover
 from silofs.engine.remote import Fetches, Nobody, Remote
@@ -49,6 +50,7 @@ class Engine:
         self.commits.refresh = self._refresh
         self.background = Background(store, self.commits, self._quiet)
         self.writes = Writes(log, self.reads, self.commits)
+        self.ranges = Ranges(self.reads, self.writes, self.commits)
         self._volumes: dict[bytes, VolumeState] = {}
         self._layers: dict[int, VolumeState] = {}
         self._keys = 0
@@ -157,6 +159,14 @@ class Engine:
     async def discard(self, volume: VolumeState, offset: int, length: int) -> None:
         """See Writes.discard."""
         await self.writes.discard(volume, offset, length)
+
+    async def allocate(self, volume: VolumeState, offset: int, length: int, *, zero: bool, extend: bool) -> None:
+        """See Ranges.allocate."""
+        await self.ranges.allocate(volume, offset, length, zero=zero, extend=extend)
+
+    async def seek(self, volume: VolumeState, offset: int, *, data: bool) -> int | None:
+        """See Ranges.seek."""
+        return await self.ranges.seek(volume, offset, data=data)
 
     async def flush(self, volume: VolumeState) -> None:
         """See Commits.flush."""

@@ -5,8 +5,8 @@ What can be answered at once is answered by gather.py. Here, what it misses is b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
 
 import trio
 
@@ -22,6 +22,8 @@ from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import DATA, KIND_MASK, LONE, Refs
 from silofs.layers.store import Store
 from silofs.limits import CEDED_READ_WAIT_S, FETCH_DEADLINE_S
+
+T = TypeVar("T")
 
 LEAF_OF_KEY: Final = (1 << KEY_SHIFT) - 1
 
@@ -89,7 +91,7 @@ class Reads(Gatherer):
             key = volume.key
             try:
                 job = _Job(volume.head, list(mine), wanted)
-                await self._run(job, fresh=not wanted.fresh.isdisjoint(mine))
+                await self._run(job.run, fresh=not wanted.fresh.isdisjoint(mine))
                 # From here to the landing nothing awaits: a leaf that a commit overtook is stale, and is not kept.
                 for number, leaf in job.resolved.items():
                     if not mine[number].stale:
@@ -109,7 +111,13 @@ class Reads(Gatherer):
         for flight in theirs:
             await flight.waiter.wait()
 
-    async def _run(self, job: _Job, *, fresh: bool) -> None:
+    async def ask(self, question: Callable[[ReadTxn], T]) -> T:
+        """What a question to the store is answered, in a thread, by a snapshot that is no older than the loop's."""
+        answers: list[T] = []
+        await self._run(lambda txn: answers.append(question(txn)), fresh=False)
+        return answers[0]
+
+    async def _run(self, job: Callable[[ReadTxn], None], *, fresh: bool) -> None:
         self.jobs += 1
         generation = self._generation
         reader = self._idle.pop() if self._idle and not fresh else None
@@ -117,7 +125,7 @@ class Reads(Gatherer):
         def run() -> ReadTxn:
             txn = reader or self._store.reader()
             try:
-                job.run(txn)
+                job(txn)
             except BaseException:
                 txn.close()
                 raise

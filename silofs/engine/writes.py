@@ -75,7 +75,7 @@ class Writes:
         """One record's worth."""
         wanted = Wanted(offset, len(data))
         while True:
-            await self._admitted(volume)
+            await self.admitted(volume)
             if volume.remote and offset + len(data) > volume.size:
                 # Rare, and whole pages beyond the end are not logged: grow first.
                 await self._commits.resize(volume, offset + len(data))
@@ -95,7 +95,7 @@ class Writes:
             self._record(volume, EXTEND if offset + len(data) > volume.size else WRITE, *whole)
             return
 
-    async def _admitted(self, volume: VolumeState) -> None:
+    async def admitted(self, volume: VolumeState) -> None:
         """Return when the volume's gate is open; raise when it is shut, or when the volume does not arrive in time."""
         deadline = trio.current_time() + INCOMING_WRITE_WAIT_S
         while not volume.writable:
@@ -169,7 +169,7 @@ class Writes:
         if end > stop << PAGE_SHIFT:
             await self._piece(volume, stop << PAGE_SHIFT, ZEROS[: end - (stop << PAGE_SHIFT)])
         while True:
-            await self._admitted(volume)
+            await self.admitted(volume)
             if self._log.room(0):
                 break
             await self._commits.round()

@@ -22,14 +22,16 @@ from dataclasses import dataclass
 from pyfuse3 import FUSEError
 
 from silofs.engine import Engine, VolumeState
-from silofs.errors import SiloError
+from silofs.errors import SiloError, Unsupported
 from silofs.facts import View
 from silofs.layers.handles import Handle, HandleTable
-from silofs.mount import extension
+from silofs.limits import SIZE_MAX
+from silofs.mount import extension, raw
 from silofs.mount.guard import Guarded, guarded
 
 log = logging.getLogger(__name__)
 
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # fallocate(2)
 SYNC = os.O_SYNC | os.O_DSYNC
 WRITE_FLAGS = 1  # where they are in extension.request
 
@@ -146,3 +148,46 @@ class Files(Guarded):
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._engine.flush(self._file(fh).state)
+
+    # What pyfuse3 does not know
+
+    @guarded
+    async def answer(self, request: raw.Request) -> bytes:
+        match request:
+            case raw.Allocate():
+                await self._allocate(request)
+                return b""
+            case raw.Seek():
+                return await self._seek(request)
+            case raw.Copy():
+                raise Unsupported("pages are not shared yet")  # the kernel copies
+        raise FUSEError(errno.ENOSYS)
+
+    async def _allocate(self, request: raw.Allocate) -> None:
+        """EOPNOTSUPP for a mode that is not supported, and never another errno: QEMU then tries what is."""
+        file = self._file(request.fh)
+        if not file.writable:
+            raise FUSEError(errno.EBADF)
+        state, mode, end = file.state, request.mode, request.offset + request.length
+        if mode == PUNCH_HOLE | KEEP_SIZE:
+            await self._engine.discard(state, request.offset, request.length)
+        elif mode & ~(ZERO_RANGE | KEEP_SIZE) == 0:
+            extend = not mode & KEEP_SIZE
+            if extend and end > state.size:
+                if end > SIZE_MAX:
+                    raise FUSEError(errno.EFBIG)
+                await self._volumes.before_change("resize", state.name)
+            zero = bool(mode & ZERO_RANGE)
+            await self._engine.allocate(state, request.offset, request.length, zero=zero, extend=extend)
+        else:
+            raise Unsupported(f"fallocate(2) with mode {mode:#x}")
+
+    async def _seek(self, request: raw.Seek) -> bytes:
+        if request.whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise FUSEError(errno.EINVAL)
+        found = await self._engine.seek(
+            self._file(request.fh).state, request.offset, data=request.whence == os.SEEK_DATA
+        )
+        if found is None:
+            raise FUSEError(errno.ENXIO)
+        return raw.found_offset(found)

@@ -11,6 +11,7 @@ which costs more than serving one; `_Polled` asks the descriptor first. And ever
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -20,9 +21,11 @@ from collections.abc import Awaitable, Callable
 
 import pyfuse3
 import trio
+from pyfuse3 import FUSEError
 
 from silofs import limits
-from silofs.mount import kernel
+from silofs.mount import kernel, raw
+from silofs.mount.answers import Answers
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,10 @@ class Hooks(pyfuse3.Operations):
         """libfuse has read INIT, and answers it before any other task of this thread runs."""
         self.initialised.set()
 
+    async def answer(self, request: raw.Request) -> bytes:
+        """The body of the reply to a request that pyfuse3 does not know. Raises FUSEError and nothing else."""
+        raise FUSEError(errno.ENOSYS)
+
 
 class Session:
     """One session of this process (libfuse and pyfuse3 have no more). `session_fd` is the inherited socket."""
@@ -50,6 +57,7 @@ class Session:
         self._options = options
         self._draining = False
         self._can_resend = False
+        self._answers = Answers(session_fd, operations.answer)
 
     async def initialise(self) -> None:
         """Phase one: answer the INIT request that is in the socket."""
@@ -86,7 +94,8 @@ class Session:
         ended = False
         while not ended:
             try:
-                await pyfuse3.main(min_tasks=1, max_tasks=limits.FUSE_MAX_TASKS)
+                async with self._answers.serving():
+                    await pyfuse3.main(min_tasks=1, max_tasks=limits.FUSE_MAX_TASKS)
                 ended = True
             except* BlockingIOError:
                 # A process was killed between our poll and libfuse's read, and its request withdrawn. pyfuse3 ends all

@@ -121,6 +121,25 @@ async def read(engine: Engine, volume: VolumeState, offset: int, length: int) ->
     return bytes(data)
 
 
+async def extents(engine: Engine, volume: VolumeState, start: int = 0) -> list[tuple[int, int]]:
+    """The data of a volume in bytes, found as `cp` and `qemu-img` do: by seeking from one to the next."""
+    found = []
+    at: int | None = start
+    while (begin := await engine.seek(volume, at, data=True)) is not None:
+        at = await engine.seek(volume, begin, data=False)
+        assert at is not None and begin < at <= volume.size
+        found.append((begin, at))
+        if at == volume.size:
+            break
+    return found
+
+
+async def holes(engine: Engine, volume: VolumeState) -> list[tuple[int, int]]:
+    """What is between."""
+    edges = [0, *(edge for extent in await extents(engine, volume) for edge in extent), volume.size]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
 async def outcome(call: Coroutine[Any, Any, Any]) -> Any:
     """What a call returns or raises."""
     try:

@@ -14,7 +14,7 @@ from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine import Engine, Threads, VolumeState
 from silofs.limits import SIZE_MAX
 
-from .rig import MIB, Rig, read, write
+from .rig import MIB, Rig, holes, read, write
 
 SIZE = 2 * LEAF_BYTES + 5 * PAGE + 512
 
@@ -86,6 +86,8 @@ async def check(engine: Engine, volume: VolumeState, oracle: Oracle) -> None:
     assert volume.size == len(oracle.data)
     for at in range(0, volume.size, MIB):
         assert await read(engine, volume, at, MIB) == oracle.data[at : at + MIB]
+    for start, end in await holes(engine, volume):
+        assert not any(oracle.data[start:end])
 
 
 @pytest.mark.parametrize("seed", range(10))
