@@ -12,7 +12,8 @@ from pathlib import Path
 from silofs import diffs, images, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
-from silofs.layers.rewrite import Reap, drain
+from silofs.layers.policies import drain
+from silofs.layers.rewrite import Reap
 from silofs.layers.store import Store
 
 Progress = Callable[[Fields], None]

@@ -1,9 +1,10 @@
 """Runs the store's policies (silofs/layers/rewrite.py) beside what clients want, and after it.
 
 One bounded step at a time, on the writer's thread, between commits: a step begins only when no commit runs or waits, so
-an fsync waits for the rest of one step at most. A policy whose work piles up takes turns with commits instead, else a
-load that never pauses would starve it and the file would grow. Nothing runs while a volume is frozen for its
-switch-over, while commits fail, or when the store is read-only; what a step had not committed is as if never begun.
+an fsync waits for the rest of one step at most. A policy in a hurry, whose work piles up, takes turns with commits
+instead, else a load that never pauses would starve it and the file would grow. Nothing runs while a volume is frozen
+for its switch-over, while commits fail, or when the store is read-only; what a step had not committed is as if never
+begun.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import trio
 
 from silofs.engine.commits import Commits
-from silofs.layers.rewrite import Policy, policies
+from silofs.layers.policies import policies
+from silofs.layers.rewrite import Policy
 from silofs.layers.store import Store
 from silofs.limits import BACKGROUND_RETRY_S, BACKGROUND_SHARE, BACKGROUND_WAIT_S
 
@@ -47,7 +49,7 @@ class Background:
         self._store = store
         self._commits = commits
         self._quiet = quiet
-        self.turns = [Turn(policy) for policy in (policies() if some is None else some)]
+        self.turns = [Turn(policy) for policy in (policies(store.usage) if some is None else some)]
         self._seen = -1  # commits of the store when nothing was left to do
 
     async def run(self) -> None:
@@ -69,7 +71,7 @@ class Background:
             if trio.current_time() < turn.not_before:
                 return False
             allowed = not self._store.broken and self._commits.failed is None and self._quiet()
-            if allowed and (not self._commits.busy or turn.policy.behind()):
+            if allowed and (not self._commits.busy or turn.policy.hurry()):
                 return True
             await trio.sleep(PEEK_S)
 
@@ -91,7 +93,7 @@ class Background:
             turn.steps += 1
             turn.seconds += took
             turn.longest = max(turn.longest, took)
-        if stepped.more and not turn.policy.behind():
+        if stepped.more and not turn.policy.hurry():
             await trio.sleep(took * (1 - BACKGROUND_SHARE) / BACKGROUND_SHARE)
         return stepped.more
 

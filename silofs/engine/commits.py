@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -32,7 +32,7 @@ from silofs.layers.commit import CommitResult
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Pending
 from silofs.layers.records import Mark
-from silofs.layers.rewrite import Policy, Stepped
+from silofs.layers.rewrite import Heads, Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES, COMMIT_RETRY_S
@@ -80,6 +80,7 @@ class Commits:
         self.kick_at = COMMIT_BYTES
         self.failed: SiloError | None = None  # the last commit failed, and no other has succeeded since
         self.refresh: Callable[[Iterable[int]], None] = lambda leaves: None  # set by the engine
+        self.replace: Callable[[Collection[int], Heads], None] = lambda leaves, heads: None  # set by the engine
         self._dirty: list[VolumeState] = []
         self._cut: Cut | None = None  # in flight, or failed and to be tried again
         self._flying: Batch | None = None
@@ -194,7 +195,7 @@ class Commits:
                 failpoints.hit("rewrite.durable")
                 if stepped.changed:
                     # No await in here: leaves as they now are belong to the snapshot as it now is.
-                    self._reads.forget_everywhere(stepped.chilled)
+                    self.replace(stepped.chilled, stepped.heads)
                     self._reads.renew()
                     if stepped.layers:
                         self.refresh(())

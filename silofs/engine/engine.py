@@ -6,7 +6,7 @@ the admission, `Commits` what is pending and in flight, and this class which vol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import trio
@@ -28,6 +28,7 @@ from silofs.layers.catalog import Role, Snapshot, Volume
 from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
+from silofs.layers.rewrite import Heads
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import WARM_S
@@ -48,6 +49,7 @@ class Engine:
         self.reads = Reads(store, log.ring, self._threads, self._fetches)
         self.commits = Commits(store, log, self.reads, self._threads)
         self.commits.refresh = self._refresh
+        self.commits.replace = self._replace
         self.background = Background(store, self.commits, self._quiet)
         self.writes = Writes(log, self.reads, self.commits)
         self.ranges = Ranges(self.reads, self.writes, self.commits)
@@ -249,6 +251,15 @@ class Engine:
         """
         if not self.commits.under_way:
             self.reads.renew()
+
+    def _replace(self, chilled: Collection[int], heads: Heads) -> None:
+        """Called in the step that publishes background work: references have changed, content has not."""
+        self.reads.forget_everywhere(chilled)
+        if heads:
+            volumes = {volume.head: volume for volume in self._volumes.values()}
+            for (head, leaf), entry in heads.items():
+                if head in volumes:
+                    self.reads.replace(volumes[head], leaf, None if entry is None else entry[1])
 
     # What the records say
 

@@ -184,6 +184,15 @@ class Reads(Gatherer):
             if busy:
                 spoil(volume.key | number)
 
+    def replace(self, volume: VolumeState, number: int, leaf: Refs | None) -> None:
+        """A leaf refers to other places from now on; None: to such as are to be looked up. No await before `renew`."""
+        key = volume.key | number
+        if leaf is None or key not in self.leaves:
+            self.leaves.drop(key)
+        else:
+            self.leaves.put(key, leaf)
+        self._resolving.spoil(key)
+
     def renew(self) -> None:
         """Let the loop's snapshot show the newest commit."""
         self.txn.renew()

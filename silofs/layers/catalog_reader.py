@@ -111,13 +111,20 @@ class CatalogReader:
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
 
-    def scan_keys(self, table: Table) -> Iterator[bytes]:
-        """Every key, ascending. Values are not touched: for large ones that is much cheaper than `scan`."""
+    def scan_keys(self, table: Table, start: bytes = b"") -> Iterator[bytes]:
+        """Every key from `start` on, ascending. Values are not touched: of large ones that is much cheaper."""
         try:
-            for key in self._txn.cursor(db=self._environment.tables[table]).iternext(keys=True, values=False):
+            cursor = self._txn.cursor(db=self._environment.tables[table])
+            if start and not cursor.set_range(start):
+                return
+            for key in cursor.iternext(keys=True, values=False):
                 yield checked_key(table, key)
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
+
+    def entries(self, table: Table) -> int:
+        """How many records a table has, by LMDB's own count."""
+        return int(self._txn.stat(self._environment.tables[table])["entries"])
 
     def _scan_records(self, table: Table, kind: type[R], prefix: bytes = b"") -> Iterator[tuple[bytes, R]]:
         for key, value in self.scan(table, prefix):

@@ -24,6 +24,7 @@ from silofs.layers.catalog import Layer
 from silofs.layers.environment import Environment
 from silofs.layers.objects import ObjectChanges
 from silofs.layers.schema import CHUNK_LEAVES, CHUNK_SHIFT, Refs
+from silofs.layers.usage import Usage
 from silofs.layers.warm import Entry, WarmLeaves
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,12 @@ _IN_LEAF: Numbers = np.arange(LEAF_PAGES)
 class Changes(ObjectChanges):
     """Layers and their leaves; what the writer keeps of them between transactions."""
 
-    def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview], warm: WarmLeaves) -> None:
+    def __init__(
+        self, environment: Environment, txn: lmdb.Transaction[memoryview], warm: WarmLeaves, usage: Usage
+    ) -> None:
         super().__init__(environment, txn)
         self.warm = warm
+        self.usage = usage
         self.warmed: dict[tuple[int, int], Entry | None] = {}  # for `warm`, once this is committed; None: forget
         self.chilled: set[int] = set()  # leaves to drop from `warm`, because a layer below a head changed
         self.layers_changed = False  # layers came, went or were put together
@@ -206,25 +210,6 @@ class Changes(ObjectChanges):
             )
         if before[schema.DATA] or before[schema.LONE]:
             self.release(old)
-
-    def exchange(self, layer_id: int, leaf: int, at: npt.NDArray[np.intp], old: Refs, new: Refs) -> int:
-        """Entries `at` of a leaf become `new` where they are `old`, and what they referred to is released; how many.
-
-        Where they are not, `new` is released. Damaged when the leaf cannot be read: then nothing of it is moved.
-        """
-        own = self.own_leaf(layer_id, leaf)
-        if own is None:
-            own = leaves.HOLES
-        same = own[at] == old
-        if not same.all():
-            self.release(new[~same])
-        if same.any():
-            row = own.copy()
-            row[at[same]] = new[same]
-            self.account(layer_id, (leaf << LEAF_SHIFT) + at[same], old[same], new[same])
-            self.put_leaves(layer_id, [leaf], row.reshape(1, -1), [bool(own.any())])
-            self.chill_leaf(leaf)
-        return int(np.count_nonzero(same))
 
     def drop_leaves(self, layer_id: int, most: int) -> bool:
         """Remove up to `most` leaves of a layer, and what only they refer to; whether none is left."""

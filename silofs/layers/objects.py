@@ -36,6 +36,7 @@ class ObjectChanges(Puts):
         self._new_objects: dict[int, int] = {}  # id -> live slots
         self._released: list[Refs] = []
         self._released_count = 0
+        self.settled: dict[int, tuple[int, int]] = {}  # group of object ids -> (objects, live slots), as changed
 
     def store_pages(self, layer_id: int, pages: Sequence[int], data: Sequence[Buffer]) -> Refs:
         """Pack pages (4096 bytes each, numbers ascending) for a layer; their references, in order.
@@ -63,7 +64,24 @@ class ObjectChanges(Puts):
         self.count(next_object=object_id)
         return refs
 
-    def _put_object(self, object_id: int, layer_id: int, pages: Sequence[int], data: Sequence[Buffer]) -> None:
+    def store_mixed(self, places: Sequence[tuple[int, int]], data: Sequence[Buffer]) -> Refs:
+        """Pack pages of any layers, by (layer, page), into whole objects; the last one may have free slots."""
+        refs = np.empty(len(places), np.uint64)
+        object_id = self._counters.next_object
+        for at in range(0, len(places), schema.OBJECT_PAGES):
+            some = places[at : at + schema.OBJECT_PAGES]
+            layers, pages = [layer for layer, _ in some], [page for _, page in some]
+            self._put_object(object_id, layers, pages, data[at : at + schema.OBJECT_PAGES])
+            first = schema.ref(schema.DATA, object_id)
+            refs[at : at + len(some)] = np.arange(first, first + len(some) * schema.SLOT_STEP, schema.SLOT_STEP)
+            object_id += 1
+        assert object_id <= schema.OBJECT_ID_MAX
+        self.count(next_object=object_id)
+        return refs
+
+    def _put_object(
+        self, object_id: int, layer_id: int | Sequence[int], pages: Sequence[int], data: Sequence[Buffer]
+    ) -> None:
         key = schema.KEY.pack(object_id)
         sums = [schema.page_sum(page, object_id, slot) for slot, page in enumerate(data)]
         parts = [schema.object_header(object_id, sums), *data]
@@ -131,10 +149,16 @@ class ObjectChanges(Puts):
                 object_key = schema.KEY.pack(object_id)
                 self._delete(schema.OBJECT, object_key)
                 self._delete(schema.NAME, object_key)
+        self.settled[group] = tally(row)
         if row.any():
             self._put(schema.LIVE, key, schema.seal_record(schema.LIVE, key, row.tobytes()))
         elif value is not None:
             self._delete(schema.LIVE, key)
+
+
+def tally(row: Masks) -> tuple[int, int]:
+    """(objects that have live slots, live slots) of a group."""
+    return int(np.count_nonzero(row)), int.from_bytes(row.tobytes(), "little").bit_count()
 
 
 def read_live(key: bytes, value: Buffer | None) -> Masks:

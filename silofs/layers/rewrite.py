@@ -10,19 +10,24 @@ docs/background.md has the policies, their budgets and what they cost.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
 from silofs import failpoints
 from silofs.blocks import LEAF_MASK, LEAF_SHIFT
+from silofs.layers.changes import Changes, Numbers
+from silofs.layers.heads import ROWS
+from silofs.layers.schema import Refs
+from silofs.layers.transaction import WriteTxn
+from silofs.layers.warm import Entry
 from silofs.limits import STEP_LEAVES, STEP_PAGES, STEP_S
 
-if TYPE_CHECKING:
-    from silofs.layers.store import Store
-    from silofs.layers.transaction import WriteTxn
+Heads = Mapping[tuple[int, int], Entry | None]
+"""(head, leaf) of leaves of heads that changed -> (own, resolved) entries as they now are, None when not known."""
 
 Move = tuple[int, int, int, int]
 """(layer, page, reference that is expected there, reference that takes its place)."""
@@ -34,16 +39,65 @@ def rewrite(txn: WriteTxn, moves: Iterable[Move]) -> int:
     What an exchanged entry referred to is released. So is the new reference of one that was not what was expected: a
     policy may have prepared it from an older state. New references must name their (layer, page) already.
     """
-    places: dict[tuple[int, int], list[Move]] = {}
-    for move in moves:
-        places.setdefault((move[0], move[1] >> LEAF_SHIFT), []).append(move)
+    ordered = sorted(moves)
     done = 0
-    for (layer, leaf), some in sorted(places.items()):
-        at = np.array([page & LEAF_MASK for _, page, _, _ in some])
-        old = np.array([move[2] for move in some], np.uint64)
-        new = np.array([move[3] for move in some], np.uint64)
-        done += txn.exchange(layer, leaf, at, old, new)
+    for layer_id, some in groupby(ordered, key=itemgetter(0)):
+        columns = np.array([move[1:] for move in some], np.uint64)
+        done += exchange(txn, layer_id, columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
     return done
+
+
+def exchange(txn: Changes, layer_id: int, pages: Numbers, old: Refs, new: Refs) -> int:
+    """`rewrite` for pages of one layer, in ascending order."""
+    of_leaf = pages >> LEAF_SHIFT
+    touched, starts = np.unique(of_leaf, return_index=True)
+    edges = [*starts.tolist(), len(pages)]
+    done = 0
+    for first in range(0, len(touched), ROWS):
+        end = min(first + ROWS, len(touched))
+        span = slice(edges[first], edges[end])
+        rows = np.searchsorted(touched[first:end], of_leaf[span])
+        flat = (rows << LEAF_SHIFT) | (pages[span] & LEAF_MASK)
+        done += _exchange(txn, layer_id, touched[first:end].tolist(), flat, pages[span], old[span], new[span])
+    return done
+
+
+def _exchange(
+    txn: Changes, layer_id: int, numbers: list[int], flat: Numbers, pages: Numbers, old: Refs, new: Refs
+) -> int:
+    """Entries `flat` (row * 512 + page in the leaf) of some leaves."""
+    layer = txn.layer(layer_id)
+    kept = [None if layer.sealed else txn.kept_leaf(layer_id, leaf) for leaf in numbers]
+    own = np.stack(
+        [entry[0] if entry else txn.peek_leaf(layer_id, leaf) for leaf, entry in zip(numbers, kept, strict=True)]
+    )
+    same = own.reshape(-1)[flat] == old
+    if not same.all():
+        txn.release(new[~same])
+        flat, pages, old, new = flat[same], pages[same], old[same], new[same]
+        if not len(flat):
+            return 0
+    existed: list[bool] = np.any(own, axis=1).tolist()
+    own.reshape(-1)[flat] = new
+    # Only rows that change: one that cannot be read stands here as a lost one, and stays what it is in the store.
+    changed = np.unique(flat >> LEAF_SHIFT).tolist()
+    txn.account(layer_id, pages, old, new)
+    txn.put_leaves(layer_id, [numbers[row] for row in changed], own[changed], [existed[row] for row in changed])
+    for row in changed:
+        leaf, entry = numbers[row], kept[row]
+        if layer.sealed:
+            txn.chill_leaf(leaf)
+        elif not layer.parent or entry is not None:
+            mine = own[row].copy()
+            seen = mine
+            if layer.parent and entry is not None:
+                seen = np.where(entry[0] == 0, entry[1], mine)
+                seen.flags.writeable = False
+            mine.flags.writeable = False
+            txn.warmed[layer_id, leaf] = mine, seen
+        else:
+            txn.warmed[layer_id, leaf] = None
+    return len(flat)
 
 
 @dataclass
@@ -57,6 +111,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         self._until = time.monotonic() + self.seconds
+
+    @classmethod
+    def times(cls, factor: float) -> Budget:
+        """So many ordinary ones."""
+        return cls(int(STEP_PAGES * factor), int(STEP_LEAVES * factor), STEP_S * factor)
 
     def spend(self, *, pages: int = 0, leaves: int = 0) -> None:
         self.pages -= pages
@@ -76,9 +135,12 @@ class Policy:
         """A piece of the work within the budget; whether there is more to do now."""
         raise NotImplementedError
 
-    def behind(self) -> bool:
-        """Whether the work piles up: then its steps take turns with commits instead of waiting for a quiet moment."""
-        return False
+    def hurry(self) -> float:
+        """0, or, while the work piles up, how many ordinary budgets a step gets.
+
+        In a hurry its steps take turns with commits instead of waiting for a quiet moment.
+        """
+        return 0
 
     def statistics(self) -> dict[str, int]:
         """Figures for `status`."""
@@ -94,18 +156,14 @@ class Reap(Policy):
         return txn.reap(max(1, budget.leaves))
 
 
-def policies() -> list[Policy]:
-    """Every policy, in the order of their turns."""
-    return [Reap()]
-
-
 @dataclass(frozen=True)
 class Stepped:
     """What a step left to do, and what those who keep leaves must look at again."""
 
     more: bool
-    chilled: frozenset[int]
     changed: bool  # whether anything was written at all
+    chilled: frozenset[int]  # leaves that changed in sealed layers
+    heads: Heads
     layers: bool  # whether layers came, went or were put together
 
 
@@ -114,21 +172,4 @@ def take(policy: Policy, txn: WriteTxn, budget: Budget) -> Stepped:
     more = policy.step(txn, budget)
     if txn.changed:
         failpoints.hit("rewrite.before_commit")
-    return Stepped(more, frozenset(txn.chilled), txn.changed, txn.layers_changed)
-
-
-DRAIN_STEPS: Final = 100_000  # a policy that never ends is a bug
-
-
-def drain(store: Store, some: Sequence[Policy] | None = None, *, seconds: float = float("inf")) -> int:
-    """Step until no policy finds anything to do, or for so long; the number of steps. For stores that nobody serves."""
-    until = time.monotonic() + seconds
-    steps = 0
-    for policy in policies() if some is None else some:
-        for _ in range(DRAIN_STEPS):
-            steps += 1
-            if not store.step(policy).result().more or time.monotonic() >= until:
-                break
-        else:
-            raise AssertionError(f"policy {policy.name} finds no end")
-    return steps
+    return Stepped(more, txn.changed, frozenset(txn.chilled), txn.warmed, txn.layers_changed)

@@ -217,7 +217,8 @@ NAME_ENTRY: Final = Struct("<QQ")  # layer, page
 LONE_NAME: Final = Struct("<IIQQQ16s")  # 1, LONE, layer, page, checksum of the page, its last 16 bytes
 
 
-def object_name(key: bytes, layer: int, pages: Sequence[int]) -> bytes:
+def object_name(key: bytes, layer: int | Sequence[int], pages: Sequence[int]) -> bytes:
+    """The name record of an object: of one layer's pages, or with a layer for each."""
     entries = np.empty((len(pages), 2), np.uint64)
     entries[:, 0] = layer
     entries[:, 1] = pages

@@ -31,6 +31,7 @@ from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
 from silofs.layers.rewrite import Budget, Policy, Stepped, take
 from silofs.layers.transaction import WriteTxn
+from silofs.layers.usage import Usage
 from silofs.layers.writer import Writer
 from silofs.limits import MIB
 
@@ -60,6 +61,7 @@ class Store:
         self._lock_fd = lock_fd
         self._readers: WeakSet[_Reader] = WeakSet()
         self._gate = Gate()
+        self.usage = Usage()
         self._free = 0
         self._free_at = float("-inf")
         self._closed = False
@@ -133,7 +135,8 @@ class Store:
         return cls(path, environment, found.store, own_fd)
 
     def _start_writer(self) -> None:
-        self._writer = Writer(self._environment, self._gate)
+        self.usage.clear()
+        self._writer = Writer(self._environment, self._gate, self.usage)
         self.write(lambda txn: txn.count(opens=txn.state.opens + 1))
 
     def close(self) -> None:
@@ -188,9 +191,9 @@ class Store:
 
         return self.submit(run)
 
-    def step(self, policy: Policy, **budget: float) -> Future[Stepped]:
-        """One step of a policy, in a transaction of its own. `budget`: as for `Budget`."""
-        return self.submit(lambda txn: take(policy, txn, Budget(**budget)))  # type: ignore[arg-type]
+    def step(self, policy: Policy) -> Future[Stepped]:
+        """One step of a policy, in a transaction of its own."""
+        return self.submit(lambda txn: take(policy, txn, Budget.times(max(1.0, policy.hurry()))))
 
     def admit(self, nbytes: int) -> None:
         """StoreFull unless `nbytes` (all that is acknowledged and not committed, and the new write) fits at worst."""

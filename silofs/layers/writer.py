@@ -22,6 +22,7 @@ from silofs.errors import Damaged, SiloError, StoreBroken, StoreFull
 from silofs.layers.environment import Environment
 from silofs.layers.gate import Gate
 from silofs.layers.transaction import RunAgain, WriteTxn
+from silofs.layers.usage import Usage
 from silofs.layers.warm import WarmLeaves
 from silofs.limits import MIB, WRITER_LEAVES
 
@@ -37,10 +38,11 @@ FULL_BYTES: Final = 2 * MIB  # with less than this free, an error of LMDB's is t
 class Writer:
     """Runs functions, each in one durable transaction, in the order in which they were submitted."""
 
-    def __init__(self, environment: Environment, gate: Gate) -> None:
+    def __init__(self, environment: Environment, gate: Gate, usage: Usage) -> None:
         self._environment = environment
         self._gate = gate
         self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._usage = usage
         self.warm = WarmLeaves(WRITER_LEAVES)
         self.broken: StoreBroken | None = None
         self.unused_bytes = 0  # of the file, as of the last commit
@@ -100,7 +102,7 @@ class Writer:
     def _attempt(self, function: Callable[[WriteTxn], T]) -> T:
         txn = self._environment.begin(write=True)
         try:
-            write = WriteTxn(self._environment, txn, self.warm)
+            write = WriteTxn(self._environment, txn, self.warm, self._usage)
             value = function(write)
             write.finish()
             unused = self._environment.unused_bytes(txn)
@@ -114,6 +116,7 @@ class Writer:
         self.commit_seconds += time.monotonic() - started
         self.warm.drop_leaves(write.chilled)
         self.warm.update(write.warmed)
+        self._usage.update(write.settled)
         return value
 
     def _diagnose(self, error: lmdb.Error) -> SiloError:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from silofs.blocks import LEAF_BYTES, PAGE, pages_for
 from silofs.layers import schema
+from silofs.layers.clean import Clean
 from tests.reference import Reference, nonzero_pages
 from tests.storerig import Rig, page_bytes, read_layer
 
@@ -168,6 +169,16 @@ class StoreMachine(RuleBasedStateMachine):
         uuid = self.uuid(name)
         self.apply_waiting(lambda txn: txn.delete_volume(uuid))
         self.reference.delete(name)
+
+    # Background work
+
+    @rule(steps=st.sampled_from([1, 2, 50]))
+    def clean(self, steps: int) -> None:
+        """As hard as it can: nothing that anybody reads may change."""
+        policy = Clean(self.rig.store.usage, at=1.0, slack=0, lone_age=0, lone_batch=31)
+        for _ in range(steps):
+            if not self.rig.store.step(policy).result().more:
+                break
 
     # Restarts
 

@@ -9,7 +9,8 @@ import pytest
 from silofs import failpoints
 from silofs.blocks import LEAF_PAGES
 from silofs.layers import schema
-from silofs.layers.rewrite import Budget, Policy, Reap, drain, rewrite
+from silofs.layers.policies import drain
+from silofs.layers.rewrite import Budget, Policy, Reap, rewrite
 from tests.storerig import Rig, page_bytes
 
 PAGES = [0, 1, 2, LEAF_PAGES, 5 * LEAF_PAGES + 7]

@@ -8,7 +8,8 @@ from silofs.blocks import LEAF_PAGES, PAGE
 from silofs.errors import BadName, BadSize, Damaged, Exists, NoSuchSnapshot, NoSuchVolume
 from silofs.layers import schema
 from silofs.layers.catalog import Role
-from silofs.layers.rewrite import Reap, drain
+from silofs.layers.policies import drain
+from silofs.layers.rewrite import Reap
 from silofs.limits import GIB, TIB
 from tests.storerig import Rig, page_bytes
 
