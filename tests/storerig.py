@@ -24,7 +24,18 @@ class Rig:
         self.map_bytes = map_bytes
         if not (path / "data").exists():
             Store.create(path)
-        self.store = Store.open(path, map_bytes=map_bytes)
+        self._over(Store.open(path, map_bytes=map_bytes))
+
+    @classmethod
+    def over(cls, store: Store) -> Rig:
+        """On a store that is open already."""
+        rig = cls.__new__(cls)
+        rig.path, rig.map_bytes = store.path, None
+        rig._over(store)
+        return rig
+
+    def _over(self, store: Store) -> None:
+        self.store = store
         self.ring = bytearray(RING_BYTES)
         self.lsn = self.store.write(lambda txn: txn.last_lsn)
         self.at = 0

@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 import lmdb
 
-from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreFull, StoreLocked
+from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreError, StoreFull, StoreLocked
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
@@ -71,7 +71,10 @@ class Store:
 
     @staticmethod
     def create(path: Path) -> None:
-        """Make an empty store in a new or empty directory. A failure on the way leaves none."""
+        """Make an empty store in a new or empty directory. A failure on the way leaves none.
+
+        Exists, Unsupported (on a network file system), StoreError, OSError.
+        """
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         mark, data, new = path / LOCK_FILE, path / DATA_DIRECTORY, path / NEW_DIRECTORY
         if data.exists() or (mark.exists() and mark.stat().st_size):
@@ -82,16 +85,8 @@ class Store:
             if new.exists():
                 shutil.rmtree(new)  # of an attempt that was interrupted
             new.mkdir(mode=0o700)
-            environment = Environment(new, create=True)
             uuid = uuid4().bytes
-            with environment.begin(write=True) as txn:
-                table = environment.tables[schema.META]
-                key = schema.META_FORMAT
-                found = Format(schema.FORMAT_VERSION, schema.ENGINE, uuid)
-                txn.put(key, catalog.encode(schema.META, key, found), db=table)
-                key = schema.META_STATE
-                txn.put(key, catalog.encode(schema.META, key, State(txn=txn.id())), db=table)
-            environment.close()
+            _make(new, uuid)
             new.rename(data)
             for directory in (path, path.parent):
                 _sync_directory(directory)
@@ -297,6 +292,23 @@ class _Reader(ReadTxn):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _make(path: Path, uuid: bytes) -> None:
+    """The environment of an empty store."""
+    environment = Environment(path, create=True)
+    try:
+        with environment.begin(write=True) as txn:
+            table = environment.tables[schema.META]
+            key = schema.META_FORMAT
+            found = Format(schema.FORMAT_VERSION, schema.ENGINE, uuid)
+            txn.put(key, catalog.encode(schema.META, key, found), db=table)
+            key = schema.META_STATE
+            txn.put(key, catalog.encode(schema.META, key, State(txn=txn.id())), db=table)
+    except lmdb.Error as error:
+        raise StoreError(f"the store in {path.parent} cannot be made: {error}", hint="is its disk full?") from error
+    finally:
+        environment.close()
 
 
 def _take_lock(path: Path) -> int:
