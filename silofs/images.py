@@ -168,8 +168,7 @@ def _submit(store: Store, layer: int, pages: dict[int, bytes], before: Future[in
     """Commit a batch, once the one before it has landed."""
     if before is not None:
         before.result()
-    store.admit(2 * len(pages) * PAGE)
-    return store.submit(lambda txn: _put(txn, layer, pages))
+    return store.submit(lambda txn: _put(txn, layer, pages), nbytes=len(pages) * PAGE)
 
 
 def _put(txn: WriteTxn, layer: int, pages: dict[int, bytes]) -> int:

@@ -20,7 +20,9 @@ MAP_BYTES_START = 1 * GIB  # LMDB map size at least; else four times the file sy
 MAP_BYTES_MAX = 1 << 46  # 64 TiB of address space at most
 CHAIN_DEPTH_MAX = 1000  # layers; nothing merges them yet
 MAX_READERS = 126  # LMDB reader slots
-SPACE_FLOOR_BYTES = 64 * MIB  # of the store's file system that only deletes and ownership records may use
+HELD_AHEAD_BYTES = 64 * MIB  # allocated for writes that are still to come, whenever more must be allocated
+HELD_RESERVE_BYTES = 16 * MIB  # of what is held that only deletes, the cleaner and ownership records may use
+SPACE_FLOOR_BYTES = 64 * MIB  # the same of the whole file system, where space cannot be held
 
 # The write log (memfd ring) and commits
 LOG_BYTES = 48 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one

@@ -8,6 +8,7 @@ register the verbs that are theirs (restart, peers, migrations).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
@@ -132,6 +133,7 @@ class Service:
     async def _status(self, args: Args, call: Call) -> Fields:
         fields = {"store": str(self._engine.store.path), "dirty_bytes": self._engine.dirty_bytes}
         fields |= {"migrations": self.migrations(), "volumes": None, **self.frozen(), **self._about()}
+        fields["space"] = dataclasses.asdict(self._engine.store.held.statistics())
         if self._engine.store.broken and fields.get("state") == "serving":
             fields["state"] = "readonly"
         with contextlib.suppress(StoreError):  # a store that cannot be read is no reason to say nothing

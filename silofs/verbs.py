@@ -122,6 +122,7 @@ def df(txn: ReadTxn, args: Args, view: View) -> Fields:
         "free": free,
         "available": max(0, txn.room()),
         "file_bytes": sum(path.stat().st_blocks * 512 for path in files),
+        "held_bytes": txn.held_bytes(),
         "data_bytes": sum(layer.own_pages for layer in txn.layers()) * PAGE,
         "volumes": len(volumes),
         "virtual_bytes": sum(volume.size for volume in volumes),

@@ -16,12 +16,10 @@ from pathlib import Path
 
 from silofs import limits
 from silofs.cli.sizes import show_size
+from silofs.layers.filesystem import NETWORK, holds_space, kind_of
 from silofs.mount import extension
 
 Finding = dict[str, str]
-
-NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "ocfs2", "gfs2", "lustre"}
-COPY_ON_WRITE = {"btrfs", "zfs", "bcachefs", "f2fs", "nilfs2"}
 
 
 def examine(store: Path) -> list[Finding]:
@@ -112,18 +110,16 @@ def _store(store: Path) -> Iterator[Finding]:
             yield _say("store_mode", "ok", f"the store is {store}")
     else:
         yield _say("store_mode", "ok", f"there is no store in {store} yet")
-    kind = file_system(place)
+    kind = kind_of(place)
     if kind in NETWORK:
         yield _say(
             "file_system", "failed", f"{kind} is a network file system: the store cannot be on it", "use a local disk"
         )
-    elif kind in COPY_ON_WRITE:
-        costs = f"{kind} cannot hold space: a write may be acknowledged that finds the disk full at its commit"
-        yield _say("file_system", "warning", costs, "use ext4 or xfs, or keep the disk from filling up")
     elif kind in ("tmpfs", "ramfs"):
         yield _say("file_system", "warning", f"the store is on {kind}: a power cut takes all of it", "use a local disk")
     else:
         yield _say("file_system", "ok", f"the store is on {kind or 'an unknown file system'}")
+    yield from _held(place, kind)
     space = os.statvfs(place)
     free = space.f_bavail * space.f_frsize
     if free < 4 * limits.SPACE_FLOOR_BYTES:
@@ -133,14 +129,15 @@ def _store(store: Path) -> Iterator[Finding]:
         yield _say("free_space", "ok", f"{show_size(free)} free")
 
 
-def file_system(path: Path) -> str | None:
-    """The type of the file system that `path` is on, by the longest mount point above it (proc_pid_mountinfo(5))."""
-    real = str(path.resolve())
-    best, kind = "", None
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        point = before.split(" ")[4].encode("utf-8", "surrogateescape").decode("unicode_escape", "surrogateescape")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, after.split(" ")[0]
-    return kind
+def _held(place: Path, kind: str) -> Iterator[Finding]:
+    """Whether fallocate keeps room for acknowledged writes; tried where this user can."""
+    try:
+        holds = holds_space(place)
+    except OSError as error:
+        yield _say("held_space", "warning", f"nobody could try whether space can be held in {place}: {error.strerror}")
+        return
+    if holds:
+        yield _say("held_space", "ok", "the space of acknowledged writes can be held")
+    else:
+        costs = f"{kind or 'this disk'} holds no space: an acknowledged write may find the disk full at its commit"
+        yield _say("held_space", "warning", costs, "use ext4 or xfs, or keep the disk from filling up")

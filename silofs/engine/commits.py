@@ -29,6 +29,7 @@ from silofs.engine.threads import Threads
 from silofs.engine.volume import VolumeState, again
 from silofs.errors import SiloError, StoreBroken, StoreError
 from silofs.layers.commit import CommitResult
+from silofs.layers.held import no_room
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Pending
 from silofs.layers.records import Mark
@@ -64,6 +65,7 @@ class Cut:
     volumes: list[VolumeState]
     pendings: list[Pending]
     length: int
+    claimed: int  # of the store's space, for its writes
     grown: dict[bytes, int] = field(default_factory=dict)
 
 
@@ -75,12 +77,13 @@ class Commits:
         self._log = write_log
         self._reads = reads
         self._threads = threads
-        self.credit = 0  # bytes that may be admitted before the store is asked again
+        self.credit = 0  # claimed of the store's space and not used yet, in bytes of the worst case
         self.waiting = 0  # bytes pending, without those in flight
         self.kick_at = COMMIT_BYTES
         self.failed: SiloError | None = None  # the last commit failed, and no other has succeeded since
         self.refresh: Callable[[Iterable[int]], None] = lambda leaves: None  # set by the engine
         self.replace: Callable[[Collection[int], Heads], None] = lambda leaves, heads: None  # set by the engine
+        self._claimed = 0  # for what is pending, `credit` included
         self._dirty: list[VolumeState] = []
         self._cut: Cut | None = None  # in flight, or failed and to be tried again
         self._flying: Batch | None = None
@@ -111,28 +114,55 @@ class Commits:
         self._dirt.set()
         self._kicked.set()
 
-    def admit(self, length: int) -> None:
+    def admit(self, cost: int) -> None:
         """Hold the space of a write before it is acknowledged; StoreFull, or why nothing is admitted now."""
-        if length <= self.credit:
+        if cost <= self.credit:
             return
         if self.failed is not None:
             raise again(self.failed)
-        ahead = max(length, ADMIT_BYTES)
-        try:
-            self._store.admit(self.unapplied + ahead)
-        except SiloError:
-            # Near the end every write asks for itself.
-            ahead = length
-            self._store.admit(self.unapplied + ahead)
-        self.credit = ahead
+        # Near the end every write asks for itself.
+        for ahead in (max(cost, ADMIT_BYTES), cost):
+            if self._store.held.claim(ahead):
+                self._claimed += ahead
+                self.credit += ahead
+                return
+        raise no_room()
 
-    def admits(self, length: int) -> bool:
+    def admits(self, cost: int) -> bool:
         """`admit` for the hot path."""
         try:
-            self.admit(length)
+            self.admit(cost)
         except SiloError:
             return False
         return True
+
+    async def make_room(self, cost: int) -> None:
+        """Get the space that `admit` did not find: more of the disk, or what pending writes claim and do not need.
+
+        StoreFull when there is none, and what a commit raises.
+        """
+        if self.failed is not None:
+            raise again(self.failed)
+        held, threads = self._store.held, self._threads
+        if await threads.run(lambda: held.top_up(max(cost, ADMIT_BYTES))):
+            return
+        if self.unapplied:
+            await self.round()
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                # What a transaction freed is free for others once nobody sees the state before it: that takes another
+                # one, and a look at the store as it is then.
+                for _ in range(2):
+                    await threads.wait(self._store.count_room())
+                    self._reads.renew()
+        if not await threads.run(lambda: held.top_up(cost)):
+            self.admit(cost)
+
+    def _give_back(self) -> None:
+        """Claim nothing ahead: there may be no next write."""
+        self._store.held.let_go(self.credit)
+        self._claimed -= self.credit
+        self.credit = 0
 
     @property
     def under_way(self) -> bool:
@@ -267,7 +297,7 @@ class Commits:
         """Nothing is acknowledged from here on, until the cut has landed after all."""
         self.failed = error
         self.failures += 1
-        self.credit = 0
+        self._give_back()
         self.kick()
         batch.settle(error)
 
@@ -282,8 +312,16 @@ class Commits:
         grown = {volume.uuid: volume.grown for volume in volumes if volume.grown}
         for volume in volumes:
             volume.grown = 0
-        cut = Cut(self._log.mark(), volumes, [volume.cut() for volume in volumes], self.waiting, grown)
+        cut = Cut(
+            self._log.mark(),
+            volumes,
+            [volume.cut() for volume in volumes],
+            self.waiting,
+            self._claimed - self.credit,
+            grown,
+        )
         self.waiting = 0
+        self._claimed = self.credit
         self.kick_at = COMMIT_BYTES
         # Only events that were set are replaced: on the others the background task may be waiting.
         if self._dirt.is_set():
@@ -330,9 +368,11 @@ class Commits:
             volume.landed()
         failpoints.hit("commit.before_release")
         self._log.release(cut.mark)
+        self._store.held.let_go(cut.claimed)
         self._cut = None
         self.failed = None
-        self.credit = 0
+        if not self.waiting:
+            self._give_back()
         self.commits += 1
         if changed:
             self.refresh(result.chilled)

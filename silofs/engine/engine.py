@@ -76,6 +76,7 @@ class Engine:
         """Commit in the background, and keep what fetches need running, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._fetches.nursery = nursery
+            await self._threads.run(lambda: self.store.held.top_up(0))
             nursery.start_soon(self.commits.run)
             nursery.start_soon(self._age)
             nursery.start_soon(self.background.run)

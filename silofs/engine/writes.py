@@ -15,6 +15,7 @@ from silofs.engine.gather import ZEROS, Wanted
 from silofs.engine.reads import Reads
 from silofs.engine.volume import Gate, VolumeState
 from silofs.errors import BadSize
+from silofs.layers.held import BYTE_COST, WRITE_COST, worst_case
 from silofs.layers.log import WriteLog
 from silofs.layers.records import EXTEND, WRITE, ZERO
 from silofs.limits import INCOMING_WRITE_WAIT_S, REQUEST_BYTES_MAX, SIZE_MAX
@@ -42,12 +43,13 @@ class Writes:
         if (offset | length) & (PAGE - 1) and volume.remote:
             return False
         log = self._log
-        if not log.room(length) or (length > commits.credit and not commits.admits(length)):
+        cost = length * BYTE_COST + WRITE_COST
+        if not log.room(length) or (cost > commits.credit and not commits.admits(cost)):
             return False
         lsn, position = log.append(WRITE, volume.uuid, volume.epoch, volume.last_lsn, offset, length, data)
         volume.last_lsn = lsn
         volume.pending.write(offset, position, length, lsn)
-        commits.credit -= length
+        commits.credit -= cost
         commits.waiting += length
         if volume.clean or commits.waiting >= commits.kick_at:
             commits.grew(volume)
@@ -91,7 +93,10 @@ class Writes:
             if not self._log.room(len(whole[1])):
                 await self._commits.round()
                 continue
-            self._commits.admit(len(whole[1]))
+            cost = worst_case(len(whole[1]))
+            if not self._commits.admits(cost):
+                await self._commits.make_room(cost)
+                continue
             self._record(volume, EXTEND if offset + len(data) > volume.size else WRITE, *whole)
             return
 
@@ -145,7 +150,7 @@ class Writes:
         volume.pending.write(offset, position, length, lsn)
         if kind == EXTEND:
             volume.size = volume.grown = offset + length
-        self._commits.credit -= length
+        self._commits.credit -= worst_case(length)
         self._commits.waiting += length
         self._commits.grew(volume)
 

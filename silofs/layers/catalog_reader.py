@@ -60,7 +60,11 @@ class CatalogReader:
 
     def room(self) -> int:
         """Bytes that writes may still take, as of this state; less than 0 when the reserve is touched."""
-        return self._environment.room(self._environment.unused_bytes(self._txn))
+        return self._environment.held.room(self._environment.unused_bytes(self._txn))
+
+    def held_bytes(self) -> int:
+        """Of the store's blocks those that are only held for writes to come."""
+        return self._environment.held.statistics().held_bytes
 
     @property
     def map_bytes(self) -> int:

@@ -7,6 +7,7 @@ read beyond its end, and another engine's file cannot be read at all: both are f
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from struct import Struct
 from typing import Any, Final
@@ -15,13 +16,12 @@ import lmdb
 from lmdb import verify
 
 from silofs.blocks import PAGE
-from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError, Unsupported
+from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
+from silofs.layers.held import Held
 from silofs.layers.schema import ENGINE_MAJOR, FORMAT_VERSION, TABLES, Table
-from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, SPACE_FLOOR_BYTES
+from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS
 
 DATA_FILE: Final = "data.mdb"
-MOUNTS: Final = Path("/proc/self/mountinfo")
-NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "ocfs2", "gfs2", "lustre"}
 
 _MAGIC: Final = 0xBEEFC0DE
 _VERSION: Final = 1  # of the data file, engine 0.9
@@ -34,10 +34,17 @@ class Environment:
     """One open LMDB environment and its tables: those that a store of that format version has."""
 
     def __init__(
-        self, path: Path, *, create: bool = False, map_bytes: int | None = None, version: int = FORMAT_VERSION
+        self,
+        path: Path,
+        *,
+        create: bool = False,
+        map_bytes: int | None = None,
+        version: int = FORMAT_VERSION,
+        held: Held | None = None,
     ) -> None:
         self.path = path
         self.data_file = path / DATA_FILE
+        self.held = held or Held(self.data_file)
         self.map_bytes = map_bytes or _map_bytes(path)
         try:
             self.lmdb = lmdb.Environment(
@@ -85,13 +92,15 @@ class Environment:
             used += pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
         return max(0, self.lmdb.info()["last_pgno"] + 1 - used) * PAGE
 
-    def room(self, unused_bytes: int) -> int:
-        """Bytes that writes may still take, less than 0 when the reserve is touched; what `admit` and statfs go by.
+    @property
+    def used_bytes(self) -> int:
+        """Up to where the newest commit uses the file."""
+        return int(self.lmdb.info()["last_pgno"] + 1) * PAGE
 
-        Unused pages of the file count by half: objects need 32 in a row.
-        """
-        status = os.statvfs(self.path)
-        return status.f_bavail * status.f_frsize - SPACE_FLOOR_BYTES + unused_bytes // 2
+    def oldest_reader(self) -> int:
+        """The oldest transaction that any reader of any process sees; a large number when nobody reads."""
+        found = re.findall(r"^\s*\d+\s+\S+\s+(\d+)$", self.lmdb.readers(), re.MULTILINE)
+        return min(map(int, found), default=1 << 62)
 
     def grow(self) -> bool:
         """Double the map. Only while no transaction is open; False at the limit."""
@@ -110,21 +119,6 @@ def _map_bytes(path: Path) -> int:
     status = os.statvfs(path)
     wanted = 4 * status.f_blocks * status.f_frsize
     return max(MAP_BYTES_START, min(MAP_BYTES_MAX, -(-wanted // GIB) * GIB))
-
-
-def refuse_network(path: Path) -> None:
-    """Unsupported on a file system of the network: LMDB's map and locks hold on one host only.
-
-    Found by the device number (proc_pid_mountinfo(5), field 3). A local FUSE file system is none of these.
-    """
-    status = path.stat()
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    for line in MOUNTS.read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        kind = after.split(" ")[0]
-        if before.split(" ")[2] == device and kind in NETWORK:
-            hint = "put the store on a local disk"
-            raise Unsupported(f"{path} is on {kind}, a file system of the network", hint=hint)
 
 
 def last_page(data_file: Path) -> int:

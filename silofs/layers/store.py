@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,21 +18,22 @@ from weakref import WeakSet
 
 import lmdb
 
-from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreError, StoreFull, StoreLocked
+from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreError, StoreLocked
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
-from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page, refuse_network
+from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
+from silofs.layers.filesystem import free_bytes, refuse_network
 from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
+from silofs.layers.held import Held, worst_case
 from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
 from silofs.layers.rewrite import Budget, Policy, Stepped, take
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.writer import Writer
-from silofs.limits import MIB
 
 __all__ = ["CommitResult", "Committed", "Store"]
 
@@ -43,12 +43,6 @@ LOCK_FILE: Final = "lock"
 DATA_DIRECTORY: Final = "data"
 NEW_DIRECTORY: Final = "data.new"
 MARK: Final = "silofs store "
-
-WORST_CASE: Final = 3
-"""Bytes that a commit may write for a byte that waits for it: a page alone takes its own page, a leaf's and a share
-of the tree's."""
-WORST_CASE_FIXED: Final = 4 * MIB
-ADMIT_AGE_S: Final = 0.1  # how old the figure for free space may be
 
 
 class Store:
@@ -62,8 +56,6 @@ class Store:
         self._readers: WeakSet[_Reader] = WeakSet()
         self._gate = Gate()
         self.usage = Usage()
-        self._free = 0
-        self._free_at = float("-inf")
         self._closed = False
         self._start_writer()
 
@@ -143,6 +135,7 @@ class Store:
         for reader in list(self._readers):
             reader.close()
         self._environment.close()
+        self.held.give_back()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
 
@@ -154,11 +147,15 @@ class Store:
 
     # Changing
 
-    def submit(self, function: Callable[[WriteTxn], T]) -> Future[T]:
-        """Run a function in one durable transaction. It may run again (the map was full): no side effects in it."""
+    def submit(self, function: Callable[[WriteTxn], T], *, nbytes: int = 0) -> Future[T]:
+        """Run a function in one durable transaction. It may run again (the map was full): no side effects in it.
+
+        `nbytes`: of pages that it stores, in bulk. Their space is claimed first, on the writer's thread, so that it
+        does not use what acknowledged writes hold; StoreFull when there is none.
+        """
         if self._closed:
             raise StoreBroken("the store is closed")
-        return self._writer.submit(function)
+        return self._writer.submit(function, cost=worst_case(nbytes) if nbytes else 0)
 
     def write(self, function: Callable[[WriteTxn], T]) -> T:
         return self.submit(function).result()
@@ -190,19 +187,18 @@ class Store:
         """One step of a policy, in a transaction of its own."""
         return self.submit(lambda txn: take(policy, txn, Budget.times(max(1.0, policy.hurry()))))
 
-    def admit(self, nbytes: int) -> None:
-        """StoreFull unless `nbytes` (all that is acknowledged and not committed, and the new write) fits at worst."""
-        needed = nbytes * WORST_CASE + WORST_CASE_FIXED
-        if needed <= self._free and time.monotonic() - self._free_at < ADMIT_AGE_S:
-            return
-        self._free = self.room()
-        self._free_at = time.monotonic()
-        if needed > self._free:
-            raise StoreFull("the file system of the store has no room for another write")
+    @property
+    def held(self) -> Held:
+        """The ledger of the space that acknowledged writes will need."""
+        return self._environment.held
+
+    def count_room(self) -> Future[None]:
+        """Find room inside the file, when `held` cannot allocate behind it: a commit, after which it is looked for."""
+        return self.submit(lambda txn: txn.count(opens=txn.state.opens))
 
     def room(self) -> int:
         """Bytes that writes may still take, less than 0 when the reserve is touched."""
-        return self._environment.room(self._writer.unused_bytes)
+        return self.held.room(self._writer.unused_bytes)
 
     # Reading
 
@@ -238,7 +234,7 @@ class Store:
             _drop_cache(data / DATA_FILE)
             check_file(data / DATA_FILE)
             read_format(data)
-            self._environment = Environment(data)
+            self._environment = Environment(data, held=self.held)
             with ReadTxn(self._environment) as txn:
                 verify_catalog(txn)
             self._start_writer()  # commits once
@@ -251,13 +247,12 @@ class Store:
         info = self._environment.lmdb.info()
         with self.reader() as txn:
             rows = txn.state.rows
-        status = os.statvfs(self._environment.path)
         return {
             "file_bytes": (self._environment.path / DATA_FILE).stat().st_size,
             "used_bytes": (info["last_pgno"] + 1) * 4096,
             "map_bytes": self._environment.map_bytes,
             "unused_bytes": self._writer.unused_bytes,
-            "free_bytes": status.f_bavail * status.f_frsize,
+            "free_bytes": free_bytes(self._environment.path),
             "commits": self._writer.commits,
             "commit_us": int(self._writer.commit_seconds * 1e6),
             "warm_leaves": len(self._writer.warm),

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import lmdb
 
 from silofs.errors import Damaged, SiloError, StoreBroken, StoreFull
 from silofs.layers.environment import Environment
+from silofs.layers.filesystem import free_bytes
 from silofs.layers.gate import Gate
+from silofs.layers.held import no_room
 from silofs.layers.transaction import RunAgain, WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.warm import WarmLeaves
@@ -41,7 +43,7 @@ class Writer:
     def __init__(self, environment: Environment, gate: Gate, usage: Usage) -> None:
         self._environment = environment
         self._gate = gate
-        self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any], int] | None] = queue.SimpleQueue()
         self._usage = usage
         self.warm = WarmLeaves(WRITER_LEAVES)
         self.broken: StoreBroken | None = None
@@ -51,9 +53,10 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="silofs-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, function: Callable[[WriteTxn], T]) -> Future[T]:
+    def submit(self, function: Callable[[WriteTxn], T], *, cost: int = 0) -> Future[T]:
+        """`cost`: bytes that the transaction may take, if nobody has claimed them for it."""
         future: Future[T] = Future()
-        self._queue.put((function, future))
+        self._queue.put((function, future, cost))
         return future
 
     def stop(self) -> None:
@@ -66,11 +69,13 @@ class Writer:
             job = self._queue.get()
             if job is None:
                 return
-            function, future = job
+            function, future, cost = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._transact(function))
+                with self._claimed(cost):
+                    value = self._transact(function)
+                future.set_result(value)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -111,13 +116,42 @@ class Writer:
         except BaseException:
             txn.abort()
             raise
-        self.unused_bytes = unused
+        if write.changed:
+            self._measure(unused)
         self.commits += write.changed
         self.commit_seconds += time.monotonic() - started
         self.warm.drop_leaves(write.chilled)
         self.warm.update(write.warmed)
         self._usage.update(write.settled)
         return value
+
+    def _measure(self, unused: int) -> None:
+        """Tell the ledger of space what the commit has left."""
+        self.unused_bytes = unused
+        held = self._environment.held
+        held.committed(self._environment.used_bytes, unused)
+        if held.low:
+            held.top_up(0)
+        if held.full:
+            self.count_room()
+
+    def count_room(self) -> None:
+        """Find room inside the file, when it cannot be made longer. On this thread only."""
+        self._environment.held.count_inside(self._environment.oldest_reader())
+
+    @contextmanager
+    def _claimed(self, cost: int) -> Iterator[None]:
+        """Have so many bytes set aside meanwhile; StoreFull when they cannot be had."""
+        held = self._environment.held
+        if cost and not held.claim(cost):
+            if not held.top_up(cost):
+                self.count_room()
+            if not held.claim(cost):
+                raise no_room()
+        try:
+            yield
+        finally:
+            held.let_go(cost)
 
     def _diagnose(self, error: lmdb.Error) -> SiloError:
         """What a failed transaction means. LMDB says EIO when the disk is full; and after any other failure it may call
@@ -128,8 +162,7 @@ class Writer:
         if isinstance(error, SPOILT):
             # Of a page that was read: LMDB gives such a transaction up before it writes anything.
             return Damaged(f"the store's trees are damaged: {error}")
-        status = os.statvfs(self._environment.path)
-        if status.f_bavail * status.f_frsize < FULL_BYTES or getattr(error, "code", 0) == errno.ENOSPC:
+        if free_bytes(self._environment.path) < FULL_BYTES or getattr(error, "code", 0) == errno.ENOSPC:
             return StoreFull("the file system of the store is full")
         self.broken = StoreBroken(f"the store cannot be written to: {error}")
         log.error("%s", self.broken)

@@ -16,6 +16,7 @@ from typing import Protocol
 import trio
 
 from silofs import failpoints
+from silofs.blocks import PAGE
 from silofs.errors import Damaged, SiloError, StoreFull
 from silofs.extents import Extents
 from silofs.layers.store import Store
@@ -165,7 +166,8 @@ class Arrivals:
         failed: Refusal | None = None
         try:
             if wanted:
-                self._filled(await write(self._store, fill))
+                nbytes = sum(map(len, wanted.values())) * PAGE
+                self._filled(await write(self._store, fill, nbytes=nbytes))
                 self.batches += 1
                 failpoints.hit("demand.after_batch" if demand else "sweep.after_batch")
         except StoreFull as error:

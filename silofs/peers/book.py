@@ -144,11 +144,11 @@ def suggestion_to_name(text: str) -> str:
     return cleaned if NAME.fullmatch(cleaned) else "peer"
 
 
-async def write(store: Store, fn: Callable[[WriteTxn], T]) -> T:
-    """`store.submit(fn)` awaited without a thread. Cancelling the wait does not undo the transaction."""
+async def write(store: Store, fn: Callable[[WriteTxn], T], *, nbytes: int = 0) -> T:
+    """`store.submit` awaited without a thread. Cancelling the wait does not undo the transaction."""
     token = trio.lowlevel.current_trio_token()
     done = trio.Event()
-    future = store.submit(fn)
+    future = store.submit(fn, nbytes=nbytes)
     future.add_done_callback(lambda _: token.run_sync_soon(done.set))
     await done.wait()
     return future.result()

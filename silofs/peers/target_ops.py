@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from silofs.blocks import PAGE
 from silofs.engine import Engine
-from silofs.errors import BadName, BadSize, SiloError, StoreFull
+from silofs.errors import BadName, BadSize
 from silofs.layers.reader import ReadTxn
-from silofs.limits import PULL_PAGES, PULL_RUNS_MAX, SIZE_MAX, SPACE_FLOOR_BYTES
+from silofs.limits import PULL_PAGES, PULL_RUNS_MAX, SIZE_MAX
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Base, Refusal
 from silofs.migrate.states import Role
@@ -68,19 +67,16 @@ def _ceded_layer(reader: ReadTxn, uuid: bytes) -> bytes:
 
 
 def _has_space(engine: Engine, pages: int) -> bool:
-    space = os.statvfs(engine.store.path)
-    free = space.f_bavail * space.f_frsize - SPACE_FLOOR_BYTES
-    return pages * PAGE * SPACE_FACTOR_NUMERATOR // SPACE_FACTOR_DENOMINATOR <= free
+    return pages * PAGE * SPACE_FACTOR_NUMERATOR // SPACE_FACTOR_DENOMINATOR <= engine.store.room()
 
 
 async def check_prepare(engine: Engine, action: ev.CheckPrepare) -> ev.Event:
     """Whether the rest would fit. Space is not held: what does not fit pauses the sweep, and no page is lost by it."""
     refusal: Refusal | None = None
     try:
-        engine.store.admit(action.pages * PAGE)
-    except StoreFull:
-        refusal = Refusal.SPACE
-    except SiloError:
+        if not _has_space(engine, action.pages):
+            refusal = Refusal.SPACE
+    except OSError:
         refusal = Refusal.STORE
     return ev.PrepareChecked(action.token, refusal)
 

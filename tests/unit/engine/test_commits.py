@@ -16,6 +16,7 @@ from silofs.blocks import PAGE
 from silofs.engine import Engine, Gate
 from silofs.errors import BadSize, Exists, NotOwner, SiloError, StoreBroken, StoreError, StoreFull
 from silofs.layers.catalog import Role
+from silofs.layers.held import Held, worst_case
 from silofs.limits import COMMIT_AGE_S, COMMIT_LEAVES, COMMIT_RETRY_S
 
 from .rig import MIB, Inline, Rig, outcome, page, read, write
@@ -191,17 +192,22 @@ async def test_a_full_ring_makes_writers_wait_for_a_commit(
 async def test_a_full_store_refuses_before_it_acknowledges(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    left = 10 * PAGE
+    left = 10 * worst_case(PAGE)
 
-    def admit(nbytes: int) -> None:
-        if nbytes > left:
-            raise StoreFull("no room")
+    def claim(held: Held, cost: int) -> bool:
+        nonlocal left
+        if cost > left:
+            return False
+        left -= cost
+        return True
 
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 0, page(1))
         await engine.flush(volume)
-        monkeypatch.setattr(rig.store, "admit", admit)
+        monkeypatch.setattr(Held, "claim", claim)
+        monkeypatch.setattr(Held, "let_go", lambda held, cost: None)
+        monkeypatch.setattr(Held, "top_up", lambda held, cost: cost <= left)
         taken = 0
         while engine.write_now(volume, taken * PAGE, page(taken + 1)):
             taken += 1
@@ -211,6 +217,7 @@ async def test_a_full_store_refuses_before_it_acknowledges(
         assert engine.log.appended == before
         await engine.discard(volume, 0, PAGE)  # room can always be made
         await engine.flush(volume)
+        left = worst_case(PAGE)
         assert engine.write_now(volume, 0, page(5))
         assert await read(engine, volume, 0, 3 * PAGE) == page(5) + page(2) + page(3)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,28 +10,24 @@ import pytest
 from silofs.blocks import PAGE
 from silofs.errors import StoreFull
 from silofs.limits import GIB
+from tests.smallfs import small
 from tests.storerig import Rig, page_bytes
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 MiB."""
-    if os.geteuid():
-        pytest.skip("mounting a small file system needs root")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "silofs-test", tmp_path], check=False)
-    if made.returncode:
-        pytest.skip("a file system cannot be mounted here")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
+def place(tmp_path: Path) -> Iterator[Path]:
+    with small("tmpfs", 12, tmp_path) as point:
+        yield point
 
 
-def test_a_full_file_system(small: Path) -> None:
-    rig = Rig(small / "store")
+def test_a_full_file_system(place: Path) -> None:
+    rig = Rig(place / "store")
     vm = rig.store.write(lambda txn: txn.create_volume("vm", GIB)).uuid
     other = rig.store.write(lambda txn: txn.create_volume("other", GIB)).uuid
     rig.put(other, range(100))
+    assert not rig.store.held.top_up(1) and not rig.store.held.claim(1)
     with pytest.raises(StoreFull):
-        rig.store.admit(1)
+        rig.store.submit(lambda txn: None, nbytes=PAGE).result()
     committed = 0
     with pytest.raises(StoreFull):
         for start in range(0, 10_000, 100):

@@ -8,7 +8,6 @@ import shutil
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import lmdb
 import pytest
@@ -18,6 +17,7 @@ from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, Stor
 from silofs.layers import catalog, schema
 from silofs.layers.environment import Environment
 from silofs.layers.format import Format
+from silofs.layers.held import COMMIT_COST
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import GIB, MIB, SPACE_FLOOR_BYTES
@@ -130,10 +130,9 @@ def test_a_header_of_the_past_is_refused(made: Path) -> None:
 def test_file_systems_of_the_network_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = made.stat().st_dev
-    line = f"30 1 {os.major(device)}:{os.minor(device)} / /srv rw,relatime shared:1 - nfs4 host:/srv rw\n"
+    line = "30 1 0:53 / / rw,relatime shared:1 - nfs4 host:/srv rw\n"
     (tmp_path / "mountinfo").write_text(line)
-    monkeypatch.setattr("silofs.layers.environment.MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr("silofs.layers.filesystem.MOUNTS", tmp_path / "mountinfo")
     with pytest.raises(Unsupported):
         Store.open(made)
     with pytest.raises(Unsupported):
@@ -194,20 +193,19 @@ def test_a_map_that_cannot_grow_is_a_full_store(tmp_path: Path, monkeypatch: pyt
     rig.close()
 
 
-def test_admission(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What deletion frees inside the file can be written to again, although the file system stays as full."""
+def test_admission_by_accounting(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where space cannot be held: what deletion frees inside the file can be written to again, the disk as full."""
+    monkeypatch.setattr("silofs.layers.held.holds_space", lambda directory: False)
     with Store.open(made) as store:
-        store.admit(64 * MIB)
-        with pytest.raises(StoreFull):
-            store.admit(1 << 60)
-        full = SimpleNamespace(f_bavail=SPACE_FLOOR_BYTES // PAGE, f_frsize=PAGE)
-        monkeypatch.setattr("silofs.layers.store.os.statvfs", lambda path: full)
-        monkeypatch.setattr("silofs.layers.store.ADMIT_AGE_S", 0)
-        monkeypatch.setattr("silofs.layers.store.WORST_CASE_FIXED", 0)
-        with pytest.raises(StoreFull):
-            store.admit(40 * PAGE)
+        held = store.held
+        assert held.top_up(64 * MIB) and held.claim(64 * MIB)
+        held.let_go(64 * MIB)
+        assert not held.top_up(1 << 60) and not held.claim(1 << 60)
+        monkeypatch.setattr("silofs.layers.held.free_bytes", lambda path: SPACE_FLOOR_BYTES + COMMIT_COST)
+        assert not held.top_up(40 * PAGE) and not held.claim(40 * PAGE)
         store.write(lambda txn: txn.delete_volume(txn.volume_by_name("vm").uuid))
-        store.admit(8 * PAGE)
+        assert held.top_up(8 * PAGE) and held.claim(8 * PAGE)
+        assert held.statistics().held_bytes == 0
 
 
 class Failing(Environment):

@@ -1,0 +1,79 @@
+"""The file system under a store: what kind it is, how much room it has, and whether room there can be held."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from silofs.errors import Unsupported
+from silofs.limits import MIB
+
+MOUNTS: Final = Path("/proc/self/mountinfo")
+NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "ocfs2", "gfs2", "lustre"}
+COPY_ON_WRITE: Final = {"btrfs", "zfs", "bcachefs", "nilfs2"}
+"""These write to a new place every time: what is allocated is not where the bytes will go."""
+
+PROBE_FILE: Final = "probe"
+PROBE_BYTES: Final = 1 * MIB
+
+_KEEP_SIZE: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def kind_of(path: Path) -> str:
+    """The kind of the file system that `path` is on, by the longest mount point above it (proc_pid_mountinfo(5)).
+
+    Empty when it is not known.
+    """
+    real = str(path.resolve())
+    best, kind = "", ""
+    for line in MOUNTS.read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4].encode("utf-8", "surrogateescape").decode("unicode_escape", "surrogateescape")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, after.split(" ")[0]
+    return kind
+
+
+def refuse_network(path: Path) -> None:
+    """Unsupported on a file system of the network: LMDB's map and locks hold on one host only.
+
+    A local FUSE file system is none of these.
+    """
+    kind = kind_of(path)
+    if kind in NETWORK:
+        hint = "put the store on a local disk"
+        raise Unsupported(f"{path} is on {kind}, a file system of the network", hint=hint)
+
+
+def free_bytes(path: Path) -> int:
+    """What an unprivileged program may still allocate on the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def allocate(fd: int, offset: int, length: int) -> int:
+    """Allocate blocks without changing the file's size, as posix_fallocate cannot; 0, or the number of the error."""
+    done = _libc.fallocate(fd, _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length))
+    return 0 if done == 0 else ctypes.get_errno()
+
+
+def holds_space(directory: Path) -> bool:
+    """Whether blocks that are allocated there stay with the file that they are for. By the kind, then by trying."""
+    if kind_of(directory) in COPY_ON_WRITE:
+        return False
+    path = directory / PROBE_FILE
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        error = allocate(fd, 0, PROBE_BYTES)
+        if error in (errno.ENOSPC, errno.EDQUOT):
+            return True  # it looked for the blocks
+        status = os.fstat(fd)
+        return not error and status.st_size == 0 and status.st_blocks * 512 >= PROBE_BYTES
+    finally:
+        os.close(fd)
+        path.unlink()
