@@ -30,14 +30,18 @@ from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
 from silofs.freezing import Freezes
 from silofs.layers.log import WriteLog
+from silofs.layers.requests import forget, remembered
 from silofs.layers.store import Store
+from silofs.layers.transaction import WriteTxn
 from silofs.mount import extension  # before pyfuse3 is imported
 from silofs.mount.channel import Channel, ChannelError, Message
 from silofs.mount.files import Space, Volumes
 from silofs.mount.fuse import Adapter
+from silofs.mount.requests import Requests
 from silofs.mount.session import Session
 from silofs.peers.service import Peers
 from silofs.service import Service
+from silofs.verbs import bury
 
 log = logging.getLogger("silofs.daemon")
 
@@ -165,11 +169,15 @@ class Daemon:
             await nursery.start(self._engine.run)
             await nursery.start(held.run)
             await Peers(self._engine, self._args.listen).start(nursery, service)
-            self._adapter.bind(Volumes(self._engine, self._log.handles, service.view, self._space, service.guard))
+            requests = await self._take_up()
+            service.settled = requests.settled.wait
+            self._adapter.bind(
+                Volumes(self._engine, self._log.handles, service.view, self._space, service.guard, requests)
+            )
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
             nursery.start_soon(self._signals)
-            self._session.attach(fuse, can_resend="resend" in self._capabilities)
+            self._session.attach(fuse, can_resend="resend" in self._capabilities, seen=requests.seen)
             self._state = "serving"
             self._holder.send("serving")
             with self._serving:
@@ -179,6 +187,23 @@ class Daemon:
             nursery.cancel_scope.cancel()
         self._close()
         return 0
+
+    async def _take_up(self) -> Requests:
+        """Drop what belongs to mounts of the past, and volumes that were removed and that nobody has open any more."""
+        mount = self._log.memory.superblock.secret
+        txn = self._engine.reads.txn
+        past = [number for number, done in remembered(txn).items() if done.mount != mount]
+        opened = {handle.uuid for handle in self._log.handles.items()}
+        orphans = [volume.uuid for volume in txn.orphans() if volume.uuid not in opened]
+
+        def drop(txn: WriteTxn) -> None:
+            forget(txn, past)
+            for uuid in orphans:
+                bury(txn, uuid)
+
+        if past or orphans:
+            await self._engine.transact(drop)
+        return Requests(mount, extension.request_unique, lambda: self._engine.reads.txn)
 
     def _close(self) -> None:
         self._engine.close()

@@ -24,6 +24,7 @@ from silofs.transfers import Transfers, Volumes, in_thread
 from silofs.verbs import Args
 
 CHANGES: Final = frozenset({"snapshot", "clone", "rm", "rollback", "rename", "resize"})
+UNCHANGING: Final = frozenset({"status", "restart", "sync", "check", "peer_ls", "migration_ls", "migration_show"})
 
 
 class Host(Protocol):
@@ -38,7 +39,8 @@ class Service:
     """All verbs of one daemon; without a `host` those that work on volumes.
 
     before_change: awaited before a snapshot, clone, freeze, rm, rollback, rename or resize of a volume, with (verb,
-    name); a migration refuses there (Busy), or ends its attempt. frozen: what `status` says of freezes. migrations:
+    name); a migration refuses there (Busy), or ends its attempt. settled: awaited before a verb that may change
+    anything: what an earlier daemon left unanswered comes first. frozen: what `status` says of freezes. migrations:
     counts those that are not over, for `status`. peer_name: what a peer is called here, by what ownership records call
     it.
     """
@@ -48,6 +50,7 @@ class Service:
         self.peer_name: Callable[[str], str] = str
         self.before_change: Callable[[str, str], Awaitable[None]] | None = None
         self.frozen: Callable[[], Fields] = dict
+        self.settled: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._engine = engine
         self._host = host
         self._handlers: dict[str, tuple[Handler, bool]] = {}
@@ -78,6 +81,8 @@ class Service:
         found = self._handlers.get(verb)
         if found is None:
             raise Unsupported(f"this daemon has no verb {verb[:64]!r}", hint="silofs version shows its version")
+        if verb not in verbs.READS and verb not in UNCHANGING:
+            await self.settled()
         if verb in CHANGES:
             for name in _subjects(verb, args):
                 await self.guard(verb, name)

@@ -125,6 +125,7 @@ def df(txn: ReadTxn, args: Args, view: View) -> Fields:
         "held_bytes": txn.held_bytes(),
         "data_bytes": sum(layer.own_pages for layer in txn.layers()) * PAGE,
         "volumes": len(volumes),
+        "orphans": len(txn.orphans()),
         "virtual_bytes": sum(volume.size for volume in volumes),
     }
 
@@ -222,6 +223,23 @@ def rm(txn: WriteTxn, args: Args, view: View) -> Fields:
         raise Busy(f"{name} has {count} snapshot{plural}", hint="repeat it with --yes to remove it with them")
     txn.delete_volume(volume.uuid)
     return {"volume": name, "snapshot": None, "snapshots_removed": count}
+
+
+def unlink(txn: WriteTxn, volume: Volume, view: View) -> None:
+    """What unlink(2) does: as `rm`, but a volume that is open and owned here only loses its name until `bury`."""
+    ownership = txn.ownership(volume.uuid)
+    if ownership is None or ownership.role is not Role.OWNER:
+        removable(txn, volume, view)
+    freezes.check(txn, volume, "removing it")
+    if txn.snapshots(volume.uuid):
+        raise Busy(f"{volume.name} has snapshots", hint=f"silofs rm {volume.name} removes it with them")
+    txn.orphan_volume(volume.uuid)
+
+
+def bury(txn: WriteTxn, uuid: bytes) -> None:
+    """Delete a volume that `unlink` took the name of; nothing if that was done."""
+    if txn.has_volume(uuid) and txn.volume(uuid).orphan:
+        txn.delete_volume(uuid)
 
 
 def unused(volume: Volume, view: View) -> None:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Also = Callable[[WriteTxn], object]
+
 
 class Batch:
     """Those who wait for one cut to be durable."""
@@ -231,7 +233,7 @@ class Commits:
                         self.refresh(())
         return stepped
 
-    async def resize(self, volume: VolumeState, size: int) -> None:
+    async def resize(self, volume: VolumeState, size: int, also: Also = lambda txn: None) -> None:
         """Change the volume's size. Its mutations wait meanwhile, so none lands on the far side of a shrink; and it
         waits itself, as they do, while the volume is frozen."""
         while True:
@@ -243,7 +245,7 @@ class Commits:
             await volume.moved.wait()
         volume.freeze()
         try:
-            await self.transact(lambda txn: txn.resize(volume.uuid, size))
+            await self.transact(lambda txn: (txn.resize(volume.uuid, size), also(txn)))
         finally:
             volume.thaw()
 

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine.background import Background
-from silofs.engine.commits import Commits
+from silofs.engine.commits import Also, Commits
 from silofs.engine.gather import ZEROS
 from silofs.engine.ranges import Ranges
 from silofs.engine.reads import Reads
@@ -179,12 +179,12 @@ class Engine:
         """Return when everything acknowledged so far, of all volumes, is durable and the log is empty up to here."""
         await self.commits.commit()
 
-    async def resize(self, volume: VolumeState, size: int) -> None:
-        """Grow or shrink a volume; durable on return."""
+    async def resize(self, volume: VolumeState, size: int, also: Also = lambda txn: None) -> None:
+        """Grow or shrink a volume; durable on return. `also`: what else is done in the same transaction, afterwards."""
         if size < volume.size and size & (PAGE - 1) and volume.remote:
             # The page that the end cuts through must be here to be cut.
             await self.writes.write(volume, size, ZEROS[: min(PAGE - size % PAGE, volume.size - size)])
-        await self.commits.resize(volume, size)
+        await self.commits.resize(volume, size, also)
 
     async def transact(self, fn: Callable[[WriteTxn], T]) -> T:
         """See Commits.transact. Afterwards every open volume stands as its records say, ownership included."""

@@ -40,7 +40,7 @@ def recover(store: Store, write_log: WriteLog) -> Recovered:
     sizes: dict[bytes, int] = {}
     stopped: set[bytes] = set()
     with store.reader() as txn:
-        volumes = {volume.uuid: volume for volume in txn.volumes()}
+        volumes = {volume.uuid: volume for volume in (*txn.volumes(), *txn.orphans())}
         epochs = {record.uuid: record.epoch for record in txn.ownerships()}
         floor = txn.last_lsn
     for record in write_log.replay():

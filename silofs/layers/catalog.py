@@ -42,6 +42,7 @@ class Volume(Record, frozen=True, array_like=True):
     mode: int  # permission bits
     applied_lsn: int = 0  # records of the write log at or below it are in the store
     data_pages: int = 0  # pages that are neither hole nor zero, resolved through the chain; remote and lost ones count
+    orphan: bool = False  # removed while it was open: it has no name, and goes with its last handle
 
 
 class Layer(Record, frozen=True, array_like=True):

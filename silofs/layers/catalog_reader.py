@@ -186,6 +186,14 @@ class CatalogReader:
         return found.data
 
     def volumes(self) -> list[Volume]:
+        """The volumes that have a name."""
+        return [volume for volume in self._all_volumes() if not volume.orphan]
+
+    def orphans(self) -> list[Volume]:
+        """The volumes that were removed while they were open, and still are, or were when the last mount ended."""
+        return [volume for volume in self._all_volumes() if volume.orphan]
+
+    def _all_volumes(self) -> list[Volume]:
         self._prove_absence(schema.VOLUME)
         return [volume for _, volume in self._scan_records(schema.VOLUME, Volume)]
 

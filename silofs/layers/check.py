@@ -128,7 +128,7 @@ class _Checker:
             for _ in self._records(table, Value):
                 pass
         for volume in self._volumes.values():
-            if names.pop(volume.name, None) != volume.uuid:
+            if not volume.orphan and names.pop(volume.name, None) != volume.uuid:
                 self._report("name", f"volume '{volume.name}' is not found by its name")
             if volume.uuid not in owned:
                 self._report("ownership", f"volume '{volume.name}' has no ownership record")

@@ -78,6 +78,10 @@ class HandleTable:
         self._remember(handle, at)
         return fh
 
+    def of_request(self, request: int) -> int | None:
+        """The handle that an OPEN or CREATE of this number has made."""
+        return self._by_request.get(request) if request else None
+
     def expect_room(self) -> None:
         """TooManyOpen when another handle would be refused."""
         if not self._free:

@@ -65,10 +65,11 @@ MIGRATION: Final = Table("migration", 17, counted=True)
 OUTBOX: Final = Table("outbox", 18, counted=True)
 HOST: Final = Table("host", 19, counted=True)
 LEAF_SUM: Final = Table("leaf_sum", 20, key_bytes=16)
+REQUEST: Final = Table("request", 21, counted=True, key_bytes=8, since=2)
 
 TABLES: Final = (
     META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
-    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST,
+    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST,
 )  # fmt: skip
 VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
 

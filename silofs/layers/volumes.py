@@ -102,13 +102,20 @@ class VolumeChanges(Changes):
         for snapshot in self.snapshots(uuid):
             self.remove_snapshot(uuid, snapshot.name)
         self.delete_record(schema.VOLUME, uuid)
-        self.delete_record(schema.VOLUME_NAME, volume.name.encode())
+        if not volume.orphan:
+            self.delete_record(schema.VOLUME_NAME, volume.name.encode())
         ownership = self.ownership(uuid)
         if ownership is not None and ownership.role == Role.OWNER:
             self.put_ownership(
                 msgspec.structs.replace(ownership, role=Role.NONE, name=volume.name, changed_ns=time.time_ns())
             )
         self._drop(volume.head)
+
+    def orphan_volume(self, uuid: bytes) -> None:
+        """Take a volume's name away: it stays as it is for who has it open, and is deleted when nobody has."""
+        volume = self.volume(uuid)
+        self.delete_record(schema.VOLUME_NAME, volume.name.encode())
+        self._change_volume(volume, orphan=True)
 
     def rename(self, uuid: bytes, name: str) -> Volume:
         volume = self.volume(uuid)

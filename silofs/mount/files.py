@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from pyfuse3 import FUSEError
 
+from silofs import failpoints
 from silofs.engine import Engine, VolumeState
 from silofs.errors import SiloError, Unsupported
 from silofs.facts import View
@@ -28,6 +29,8 @@ from silofs.layers.handles import Handle, HandleTable
 from silofs.limits import SIZE_MAX
 from silofs.mount import extension, raw
 from silofs.mount.guard import Guarded, guarded
+from silofs.mount.requests import Requests
+from silofs.verbs import bury
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Volumes:
     view: Callable[[], View]
     space: Callable[[], Space]
     before_change: Callable[[str, str], Awaitable[None]]
+    requests: Requests
 
 
 class File:
@@ -135,9 +139,18 @@ class Files(Guarded):
     @guarded
     async def release(self, fh: int) -> None:
         self._volumes.handles.release(fh)
+        failpoints.hit("release.closed")
         file = self._files.pop(fh, None)
         if file is not None:
             self._engine.closed(file.state, file.writable)
+            await self._bury(file.state)
+        failpoints.hit("release.done")
+
+    async def _bury(self, state: VolumeState) -> None:
+        """Delete a volume that was removed while it was open, once it is not open any more."""
+        record = state.record
+        if record is not None and record.orphan and not state.open_count:
+            await self._engine.transact(lambda txn: bury(txn, state.uuid))
 
     @guarded
     async def flush(self, fh: int) -> None:

@@ -3,8 +3,7 @@
 Files are opened with direct_io: guests cache for themselves, and nothing stale survives a move to another host. Entry
 and attribute time-outs are 0, so that a size changed by `silofs resize` is seen at once.
 
-A call that changes a name and whose daemon dies before it answered is done twice: the kernel sends it again, and a
-`rm` that worked can report that there is no such file (docs/mount.md).
+A call that changes a name or an attribute is done once, also when its daemon dies before it answered: see requests.py.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
@@ -21,10 +20,12 @@ from silofs import failpoints, verbs
 from silofs.blocks import PAGE
 from silofs.errors import Exists, NoSuchVolume, ReadOnly
 from silofs.layers.catalog import Snapshot, Volume
+from silofs.layers.transaction import WriteTxn
 from silofs.mount import tree
 from silofs.mount.files import Files, Volumes
 from silofs.mount.guard import guarded
 from silofs.mount.names import Names
+from silofs.mount.requests import Request
 from silofs.mount.tree import ROOT, SNAPSHOTS, SNAPSHOTS_NAME, Entry
 
 SECTORS_PER_PAGE = PAGE // 512
@@ -46,49 +47,76 @@ class Adapter(Files):
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return await self._open(self._entry(inode), flags)
+        with self._volumes.requests.handle() as request:
+            return await self._open(self._entry(inode), flags, request)
 
-    async def _open(self, entry: Entry, flags: int) -> FileInfo:
+    async def _open(self, entry: Entry, flags: int, request: Request) -> FileInfo:
+        handles = self._volumes.handles
+        fh = handles.of_request(request.number)
+        if fh is None:
+            uuid, layer = await self._openable(entry, flags, request)
+            # No await from here to the reply: a daemon that dies leaves no handle but one that is found again.
+            fh = handles.allocate(uuid, flags, layer=layer, request=request.number)
+            handle = handles.get(fh)
+            assert handle is not None
+            try:
+                self._register(handle)
+            except BaseException:
+                handles.release(fh)
+                raise
+            failpoints.hit("open.noted")
+        return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+
+    async def _openable(self, entry: Entry, flags: int, request: Request) -> tuple[bytes, int]:
+        """(volume, layer) for a handle. Raises why it cannot be opened in that way; O_TRUNC is done here."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if isinstance(entry, Snapshot):
             if writable or flags & os.O_TRUNC:
                 raise ReadOnly("a snapshot cannot be written")
-            uuid, layer = entry.volume, entry.layer
-        else:
-            uuid, layer = entry.uuid, 0
-            state = self._engine.open_volume(uuid)
-            if writable:
-                self._engine.check_writer(state)
-            if flags & os.O_TRUNC and state.size:
-                await self._resize(entry, 0)
-        # No await from here to the reply, so that a daemon that dies leaves no handle that nobody knows.
-        handles = self._volumes.handles
-        fh = handles.allocate(uuid, flags, layer=layer)
-        handle = handles.get(fh)
-        assert handle is not None
-        try:
-            self._register(handle)
-        except BaseException:
-            handles.release(fh)
-            raise
-        return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+            return entry.volume, entry.layer
+        state = self._engine.open_volume(entry.uuid)
+        if entry.orphan and not state.open_count:
+            raise FUSEError(errno.ESTALE)  # its last handle has gone, and it is being deleted
+        if writable:
+            self._engine.check_writer(state)
+        if flags & os.O_TRUNC and state.size and request.before is None:
+            await self._resize(entry, 0, lambda txn: request.note(txn, "open"))
+        return entry.uuid, 0
 
     @guarded
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        with self._volumes.requests.handle() as request:
+            entry: Entry
+            if request.before is not None:
+                entry = self._engine.reads.txn.volume(request.before.volume)
+            else:
+                entry = await self._create(parent_inode, name, mode, flags, ctx, request)
+            attributes = self._attributes(entry)
+            return await self._open(entry, flags, request), attributes
+
+    async def _create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext, request: Request
+    ) -> Entry:
+        """The volume of that name, made if there is none."""
         stem = tree.new_volume_name(parent_inode, name)
         entry = self._names.child(ROOT, name)
-        if entry is None:
-            self._volumes.handles.expect_room()  # nothing is made that cannot be opened
-            uid, gid, permissions = ctx.uid, ctx.gid, stat.S_IMODE(mode)
-            entry = await self._engine.transact(
-                lambda txn: txn.create_volume(stem, 0, uid=uid, gid=gid, mode=permissions)
-            )
-        elif flags & os.O_EXCL:
-            raise Exists(f"{stem} exists")
-        attributes = self._attributes(entry)
-        return await self._open(entry, flags), attributes
+        if entry is not None:
+            if flags & os.O_EXCL:
+                raise Exists(f"{stem} exists")
+            return entry
+        self._volumes.handles.expect_room()  # nothing is made that cannot be opened
+        uid, gid, permissions = ctx.uid, ctx.gid, stat.S_IMODE(mode)
+
+        def make(txn: WriteTxn) -> Volume:
+            made = txn.create_volume(stem, 0, uid=uid, gid=gid, mode=permissions)
+            request.note(txn, "create", made.uuid)
+            return made
+
+        made = await self._engine.transact(make)
+        failpoints.hit("create.committed")
+        return made
 
     # Names
 
@@ -112,11 +140,22 @@ class Adapter(Files):
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        """EBUSY while it is open or has snapshots: `rm` must not be a way to lose them (`silofs rm` asks)."""
-        volume = self._volume(parent_inode, name)
-        await self._volumes.before_change("rm", volume.name)
-        view = self._volumes.view()
-        await self._engine.transact(lambda txn: verbs.rm(txn, {"volume": volume.name}, view))
+        """EBUSY while it has snapshots: `rm` must not be a way to lose them (`silofs rm` asks)."""
+        with self._volumes.requests.handle() as request:
+            if request.before is not None:
+                return
+            volume = self._volume(parent_inode, name)
+            await self._volumes.before_change("rm", volume.name)
+            view = self._volumes.view()
+
+            def remove(txn: WriteTxn) -> None:
+                verbs.unlink(txn, volume, view)
+                request.note(txn, "unlink")
+
+            await self._engine.transact(remove)
+            failpoints.hit("unlink.committed")
+            # Looked at only now: it can have been opened before its name was gone, and not after.
+            await self._bury(self._engine.open_volume(volume.uuid))
 
     @guarded
     async def rename(
@@ -129,17 +168,26 @@ class Adapter(Files):
         ctx: RequestContext,
     ) -> None:
         """Never over an existing volume (EEXIST): `mv` must not be a way to lose a disk. `rm` it first."""
-        volume = self._volume(parent_inode_old, name_old)
-        stem = tree.new_volume_name(parent_inode_new, name_new)
-        if flags & ~pyfuse3.RENAME_NOREPLACE:
-            raise FUSEError(errno.EINVAL)
-        if stem == volume.name:
-            return
-        if self._names.child(ROOT, name_new) is not None:
-            raise Exists(f"{stem} exists")
-        await self._volumes.before_change("rename", volume.name)
-        view = self._volumes.view()
-        await self._engine.transact(lambda txn: verbs.rename(txn, {"old": volume.name, "new": stem}, view))
+        with self._volumes.requests.handle() as request:
+            if request.before is not None:
+                return
+            volume = self._volume(parent_inode_old, name_old)
+            stem = tree.new_volume_name(parent_inode_new, name_new)
+            if flags & ~pyfuse3.RENAME_NOREPLACE:
+                raise FUSEError(errno.EINVAL)
+            if stem == volume.name:
+                return
+            if self._names.child(ROOT, name_new) is not None:
+                raise Exists(f"{stem} exists")
+            await self._volumes.before_change("rename", volume.name)
+            view = self._volumes.view()
+
+            def rename(txn: WriteTxn) -> None:
+                verbs.rename(txn, {"old": volume.name, "new": stem}, view)
+                request.note(txn, "rename")
+
+            await self._engine.transact(rename)
+            failpoints.hit("rename.committed")
 
     def _volume(self, parent: int, name: bytes) -> Volume:
         """The volume that a call wants to change by its name."""
@@ -162,12 +210,16 @@ class Adapter(Files):
     ) -> EntryAttributes:
         if tree.is_directory(inode):
             raise FUSEError(errno.EPERM)
-        entry = self._entry(inode)
-        if isinstance(entry, Snapshot):
-            raise ReadOnly("a snapshot cannot be changed")
-        uuid = entry.uuid
-        if fields.update_size:
-            await self._resize(entry, attr.st_size)
+        with self._volumes.requests.handle() as request:
+            entry = self._entry(inode)
+            if isinstance(entry, Snapshot):
+                raise ReadOnly("a snapshot cannot be changed")
+            if request.before is None:
+                await self._change(entry, attr, fields, request)
+            return self._attributes(self._entry(inode))
+
+    async def _change(self, volume: Volume, attr: EntryAttributes, fields: SetattrFields, request: Request) -> None:
+        """Size and attributes, in one transaction."""
         changes: dict[str, int] = {}
         if fields.update_uid:
             changes["uid"] = attr.st_uid
@@ -177,13 +229,21 @@ class Adapter(Files):
             changes["mode"] = stat.S_IMODE(attr.st_mode)
         if fields.update_mtime:
             changes["mtime_ns"] = max(TIME_MIN, min(attr.st_mtime_ns, TIME_MAX))
-        if changes:
-            await self._engine.transact(lambda txn: txn.set_attr(uuid, **changes))
-        return self._attributes(self._entry(inode))
 
-    async def _resize(self, volume: Volume, size: int) -> None:
+        def change(txn: WriteTxn) -> None:
+            if changes:
+                txn.set_attr(volume.uuid, **changes)
+            request.note(txn, "setattr")
+
+        if fields.update_size:
+            await self._resize(volume, attr.st_size, change)
+        elif changes:
+            await self._engine.transact(change)
+        failpoints.hit("setattr.committed")
+
+    async def _resize(self, volume: Volume, size: int, also: Callable[[WriteTxn], None]) -> None:
         await self._volumes.before_change("resize", volume.name)
-        await self._engine.resize(self._engine.open_volume(volume.uuid), size)
+        await self._engine.resize(self._engine.open_volume(volume.uuid), size, also)
 
     def _attributes(self, entry: Entry) -> EntryAttributes:
         shown = self._names.shown(entry)
@@ -191,6 +251,7 @@ class Adapter(Files):
         attr.entry_timeout = attr.attr_timeout = 0
         attr.st_ino = shown.inode
         attr.st_mode = stat.S_IFREG | shown.mode
+        attr.st_nlink = shown.links
         attr.st_uid, attr.st_gid = shown.uid, shown.gid
         attr.st_size, attr.st_blocks = shown.size, shown.pages * SECTORS_PER_PAGE
         attr.st_mtime_ns = attr.st_ctime_ns = attr.st_atime_ns = shown.mtime_ns

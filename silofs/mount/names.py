@@ -26,6 +26,7 @@ class Shown:
     size: int
     pages: int
     mtime_ns: int
+    links: int = 1
 
 
 class Names:
@@ -44,7 +45,7 @@ class Names:
             volumes, snapshots = self._engine.catalog()
             self._tree = Tree(volumes, snapshots)
             self._tree_of = txn.txn_id
-            self._uuids.update((volume.inode, volume.uuid) for volume in volumes)
+            self._uuids.update((volume.inode, volume.uuid) for volume in (*volumes, *txn.orphans()))
         return self._tree
 
     def child(self, directory: int, name: bytes) -> Entry | None:
@@ -62,10 +63,13 @@ class Names:
         return None
 
     def get(self, inode: int) -> Entry | None:
-        """The volume or snapshot with this inode, or None."""
+        """The volume or snapshot with this inode, or None. A volume that was removed while it was open is found too."""
         uuid = self._uuids.get(inode)
         if uuid is None:
-            return self.tree().get(inode)
+            found = self.tree().get(inode)
+            uuid = self._uuids.get(inode)
+            if uuid is None:
+                return found
         try:
             return self._engine.reads.txn.volume(uuid)
         except NoSuchVolume:
@@ -78,4 +82,5 @@ class Names:
             mode, when = owner.mode & 0o444, entry.created_ns
             return Shown(entry.inode, mode, owner.uid, owner.gid, entry.size, entry.data_pages, when)
         record, size, pages = self._engine.shown(entry)
-        return Shown(record.inode, record.mode, record.uid, record.gid, size, pages, record.mtime_ns)
+        links = 0 if record.orphan else 1
+        return Shown(record.inode, record.mode, record.uid, record.gid, size, pages, record.mtime_ns, links)

@@ -29,6 +29,8 @@ from silofs.mount.answers import Answers
 
 log = logging.getLogger(__name__)
 
+Seen = Callable[[int, bool], bool]
+
 SWITCH_INTERVAL_S = 0.0002  # CPython's 5 ms would let one busy thread stretch a 3 us look-up to 200 us
 
 
@@ -75,8 +77,11 @@ class Session:
                 trio.lowlevel.notify_closing(self._fd)
                 await trio.lowlevel.checkpoint()
 
-    def attach(self, fuse: int, *, can_resend: bool) -> None:
-        """Put the mount's descriptor in the place of the socket; `fuse` is closed. can_resend: the kernel does."""
+    def attach(self, fuse: int, *, can_resend: bool, seen: Seen) -> None:
+        """Put the mount's descriptor in the place of the socket; `fuse` is closed. can_resend: the kernel does.
+
+        seen: told how many requests were read, and that there was none more, until it says that it has heard enough.
+        """
         self._can_resend = can_resend
         os.dup2(fuse, self._fd, inheritable=False)
         os.close(fuse)
@@ -84,7 +89,10 @@ class Session:
         own = getattr(pyfuse3, "_wait_fuse_readable", None)
         if own is not None:
             # Another pyfuse3 may not have it; then its own loop runs, slower and just as right.
-            pyfuse3._wait_fuse_readable = _Polled(self._fd, own, self._is_draining).wait  # type: ignore[attr-defined]
+            wait = _Polled(self._fd, own, self._is_draining, seen).wait
+            pyfuse3._wait_fuse_readable = wait  # type: ignore[attr-defined]
+        else:
+            seen(0, True)
 
     async def serve(self) -> bool:
         """Phase two: take requests until the mount is gone (True) or `drain` was called (False)."""
@@ -123,14 +131,17 @@ class _Polled:
     nothing would end the loop.
     """
 
-    __slots__ = ("_draining", "_own", "_poll", "_taken")
+    __slots__ = ("_draining", "_own", "_poll", "_seen", "_taken")
 
-    def __init__(self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool]) -> None:
+    def __init__(
+        self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool], seen: Seen | None
+    ) -> None:
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         self._poll = poller.poll
         self._own = own
         self._draining = draining
+        self._seen = seen
         self._taken = 0
 
     async def wait(self) -> bool:
@@ -141,6 +152,8 @@ class _Polled:
         if taken < limits.FUSE_POLL_BURST and self._poll(0):
             self._taken = taken
             return True
+        if self._seen is not None and self._seen(self._taken, taken < limits.FUSE_POLL_BURST):
+            self._seen = None
         self._taken = 0
         while await self._own():
             if self._draining():
