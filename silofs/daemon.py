@@ -171,8 +171,9 @@ class Daemon:
             await Peers(self._engine, self._args.listen).start(nursery, service)
             requests = await self._take_up()
             service.settled = requests.settled.wait
+            log, guard = self._log, service.guard
             self._adapter.bind(
-                Volumes(self._engine, self._log.handles, service.view, self._space, service.guard, requests)
+                Volumes(self._engine, log.handles, log.locks, service.view, self._space, guard, requests)
             )
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)

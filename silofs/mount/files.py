@@ -26,9 +26,11 @@ from silofs.engine import Engine, VolumeState
 from silofs.errors import SiloError, Unsupported
 from silofs.facts import View
 from silofs.layers.handles import Handle, HandleTable
+from silofs.layers.locks import LockTable
 from silofs.limits import SIZE_MAX
 from silofs.mount import extension, raw
 from silofs.mount.guard import Guarded, guarded
+from silofs.mount.locking import Locking
 from silofs.mount.requests import Requests
 from silofs.verbs import bury
 
@@ -56,6 +58,7 @@ class Volumes:
 
     engine: Engine
     handles: HandleTable
+    locks: LockTable | None
     view: Callable[[], View]
     space: Callable[[], Space]
     before_change: Callable[[str, str], Awaitable[None]]
@@ -80,6 +83,7 @@ class Files(Guarded):
         super().__init__()
         self._volumes: Volumes
         self._engine: Engine
+        self._locking: Locking | None
         self._files: dict[int, File] = {}
         self._request = extension.request
 
@@ -87,6 +91,7 @@ class Files(Guarded):
         """Take the engine, and the handles that were open when the last daemon died."""
         self._volumes = volumes
         self._engine = volumes.engine
+        self._locking = Locking(volumes.locks) if volumes.locks is not None else None
         for handle in volumes.handles.items():
             try:
                 self._register(handle)
@@ -174,7 +179,19 @@ class Files(Guarded):
                 return await self._seek(request)
             case raw.Copy():
                 raise Unsupported("pages are not shared yet")  # the kernel copies
-        raise FUSEError(errno.ENOSYS)
+            case raw.GetLock(lock):
+                return self._locks_of(lock).test(lock)
+            case raw.SetLock(lock, wait):
+                await self._locks_of(lock).set(lock, wait=wait)
+                return b""
+            case raw.Interrupt():
+                raise AssertionError("an interrupt has no answer")
+
+    def _locks_of(self, lock: raw.Lock) -> Locking:
+        self._file(lock.fh)
+        if self._locking is None:
+            raise FUSEError(errno.ENOLCK)  # an earlier program's memfd, whose mount was never promised locks
+        return self._locking
 
     async def _allocate(self, request: raw.Allocate) -> None:
         """EOPNOTSUPP for a mode that is not supported, and never another errno: QEMU then tries what is."""

@@ -229,7 +229,7 @@ def test_a_daemon_that_lost_the_extension_is_not_used(odd: Mount) -> None:
         pid = odd.status()["daemon_pid"]
         (odd.store / "plain").touch()
         done = odd.silofs("restart", check=False)
-        assert done.returncode == 1 and "cannot do what the mount was made with: write_flags" in done.stderr
+        assert done.returncode == 1 and "cannot do what the mount was made with: fallocate" in done.stderr
         assert odd.status()["daemon_pid"] == pid
         writer.progress()
 
