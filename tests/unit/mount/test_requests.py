@@ -50,7 +50,7 @@ class Daemons:
             async def allowed(verb: str, name: str) -> None:
                 pass
 
-            self.adapter.bind(Volumes(engine, handles, lambda: view, lambda: space, allowed, self.requests))
+            self.adapter.bind(Volumes(engine, handles, None, lambda: view, lambda: space, allowed, self.requests))
             yield self.adapter
 
     async def request(self, number: int | None, call: Callable[[], Awaitable[Any]]) -> Any:
