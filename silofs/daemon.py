@@ -139,8 +139,9 @@ class Daemon:
     def _open(self, lock: int, memfd: int) -> int | None:
         """Open the store and replay the log; the exit status when that cannot be done, after the holder was told."""
         try:
-            self._store = Store.open(Path(self._args.store), lock_fd=lock)
-            if os.fstat(memfd).st_size == 0:
+            logged = WriteLog.formatted(memfd)
+            self._store = Store.open(Path(self._args.store), lock_fd=lock, replay=not logged)
+            if not logged:
                 WriteLog.format(memfd, self._store.uuid)
             self._log = WriteLog.open(memfd, self._store.uuid)
             self._engine = Engine(self._store, self._log)

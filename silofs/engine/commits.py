@@ -24,11 +24,12 @@ from typing import TypeVar, cast
 import trio
 
 from silofs import failpoints
+from silofs.engine.journalling import Entry, Journalling
 from silofs.engine.reads import Reads
 from silofs.engine.threads import Threads
 from silofs.engine.volume import VolumeState, again
 from silofs.errors import SiloError, StoreBroken, StoreError
-from silofs.layers.commit import CommitResult
+from silofs.layers.commit import CommitResult, grow
 from silofs.layers.held import no_room
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Pending
@@ -93,6 +94,7 @@ class Commits:
         self._lock = trio.Lock()
         self._dirt = trio.Event()  # something is pending
         self._kicked = trio.Event()  # and should be committed now
+        self.journal = Journalling(store, write_log, threads, self.kick)
         self.reopened = False
         self.commits = 0
         self.failures = 0
@@ -192,7 +194,11 @@ class Commits:
         if volume.damage is not None:
             raise again(volume.damage)
         target = volume.last_lsn
-        while volume.durable_lsn < target:
+        journal = self.journal
+        while volume.durable_lsn < target and journal.durable_lsn <= target:
+            if self.failed is None and journal.takes():
+                await journal.sync()
+                continue
             flushing, batch = volume.flushing, self._flying
             if flushing is not None and batch is not None and flushing.last_lsn >= target:
                 await batch.done.wait()
@@ -342,14 +348,16 @@ class Commits:
             failpoints.hit("commit.grown")
         failpoints.hit("commit.before")
         result: CommitResult[T | None] = CommitResult({}, {})
-        if cut.pendings or fn is not None:
-            result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, _then(cut, fn)))
+        entry = self.journal.entry(cut.mark)
+        if cut.pendings or fn is not None or entry != self.journal.recorded:
+            then = _then(cut, entry, fn)
+            result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, then))
         failpoints.hit("commit.durable")
-        self._publish(cut, result, fn is not None)
+        self._publish(cut, entry, result, fn is not None)
         failpoints.hit("commit.published")
         return result.value
 
-    def _publish(self, cut: Cut, result: CommitResult[T | None], changed: bool) -> None:
+    def _publish(self, cut: Cut, entry: Entry, result: CommitResult[T | None], changed: bool) -> None:
         """Let everybody see what is durable. No await in here; the order matters."""
         reads = self._reads
         for volume in cut.volumes:
@@ -369,6 +377,7 @@ class Commits:
                 volume.damaged(damage)
             volume.landed()
         failpoints.hit("commit.before_release")
+        self.journal.landed(entry)
         self._log.release(cut.mark)
         self._store.held.let_go(cut.claimed)
         self._cut = None
@@ -401,24 +410,19 @@ class Commits:
             "credit_bytes": self.credit,
             "dirty_volumes": len(self._dirty),
             "failed": str(self.failed) if self.failed else None,
+            "journal": self.journal.statistics(),
         }
 
 
-def _then(cut: Cut, fn: Callable[[WriteTxn], T] | None) -> Callable[[WriteTxn], T | None]:
-    """What a commit does besides: the times of the writes in it, then what it was asked for."""
+def _then(cut: Cut, entry: Entry, fn: Callable[[WriteTxn], T] | None) -> Callable[[WriteTxn], T | None]:
+    """What a commit does besides: the times of the writes in it, what replay goes by, then what it was asked for."""
     now = time.time_ns()
 
     def run(txn: WriteTxn) -> T | None:
         for pending in cut.pendings:
             if txn.has_volume(pending.uuid):
                 txn.set_attr(pending.uuid, mtime_ns=now)
+        txn.count(journal=entry.journal, mark=entry.mark)
         return None if fn is None else fn(txn)
 
     return run
-
-
-def grow(txn: WriteTxn, sizes: dict[bytes, int]) -> None:
-    """Make volumes at least so long: what writes beyond their ends have done to them."""
-    for uuid, size in sizes.items():
-        if txn.has_volume(uuid) and txn.volume(uuid).size < size:
-            txn.resize(uuid, size)

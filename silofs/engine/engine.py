@@ -18,7 +18,6 @@ from silofs.engine.commits import Also, Commits
 from silofs.engine.gather import ZEROS
 from silofs.engine.ranges import Ranges
 from silofs.engine.reads import Reads
-from silofs.engine.recover import Recovered, recover
 from silofs.engine.remote import Fetches, Nobody, Remote
 from silofs.engine.threads import Threads
 from silofs.engine.volume import KEY_SHIFT, Gate, VolumeState
@@ -28,6 +27,7 @@ from silofs.layers.catalog import Role, Snapshot, Volume
 from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
+from silofs.layers.replay import Recovered, recover
 from silofs.layers.rewrite import Heads
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -40,10 +40,18 @@ class Engine:
     """Volumes by uuid, snapshots by layer. `recover` first, then `run` in a nursery, then the rest."""
 
     def __init__(
-        self, store: Store, log: WriteLog, *, remote: Remote | None = None, threads: Threads | None = None
+        self,
+        store: Store,
+        log: WriteLog,
+        *,
+        remote: Remote | None = None,
+        threads: Threads | None = None,
+        journal: bool = True,
     ) -> None:
+        """`journal`: False for an engine that makes none, whose every fsync is a commit."""
         self.store = store
         self.log = log
+        self._journal = journal
         self._threads = threads or Threads()
         self._fetches = Fetches(remote or Nobody())
         self.reads = Reads(store, log.ring, self._threads, self._fetches)
@@ -64,7 +72,9 @@ class Engine:
     def recover(self) -> Recovered:
         """Replay what a dead daemon left in the log. Before anything else; raises what a commit raises."""
         assert not self._volumes, "recovery comes first"
-        found = recover(self.store, self.log)
+        journal = self.commits.journal
+        found = recover(self.store, self.log, journal.find() if self._journal else 0)
+        journal.recovered()
         self.reads.renew()
         return found
 
@@ -80,6 +90,8 @@ class Engine:
             nursery.start_soon(self.commits.run)
             nursery.start_soon(self._age)
             nursery.start_soon(self.background.run)
+            if self._journal:
+                nursery.start_soon(self.commits.journal.run)
             task_status.started()
 
     def _quiet(self) -> bool:
@@ -93,6 +105,7 @@ class Engine:
 
     def close(self) -> None:
         """End the engine's transactions. What is pending stays in the log; `commit_all` leaves nothing there."""
+        self.commits.journal.close()
         self.reads.close()
 
     # Volumes

@@ -14,6 +14,7 @@ import msgspec
 
 from silofs.blocks import pages_for
 from silofs.errors import Damaged
+from silofs.layers.records import Mark
 from silofs.layers.schema import KEY, Buffer, Table, open_record, seal_record
 
 
@@ -142,6 +143,8 @@ class State(Record, frozen=True, array_like=True):
     catalog: int = 0  # all checksums of catalog records, XORed
     opens: int = 0
     rows: dict[str, int] = {}  # records per catalog table: what proves that one is not there
+    journal: int = 0  # id of the journal that has what came after; 0 = none has
+    mark: Mark = Mark(0, 0, 0)  # where it is replayed from: everything before is in the store
 
 
 # Keys and values

@@ -25,7 +25,7 @@ from silofs.layers.changes import Changes, Numbers
 from silofs.layers.heads import HeadWriter
 from silofs.layers.pending import Patch, Pending
 from silofs.layers.schema import Buffer, Refs
-from silofs.layers.transaction import RunAgain
+from silofs.layers.transaction import RunAgain, WriteTxn
 
 log = logging.getLogger(__name__)
 
@@ -157,3 +157,10 @@ def _render(writer: HeadWriter, txn: Changes, page: int, patch: Patch, ring: mem
         log.error("page %d of volume '%s' cannot be merged and is lost: %s", page, writer.volume.name, error)
         return None
     return patch.render(ring, base)
+
+
+def grow(txn: WriteTxn, sizes: dict[bytes, int]) -> None:
+    """Make volumes at least so long: what writes beyond their ends have done to them."""
+    for uuid, size in sizes.items():
+        if txn.has_volume(uuid) and txn.volume(uuid).size < size:
+            txn.resize(uuid, size)

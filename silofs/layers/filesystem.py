@@ -77,3 +77,12 @@ def holds_space(directory: Path) -> bool:
     finally:
         os.close(fd)
         path.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest as checksum
 from silofs.errors import BadFormat
 from silofs.layers.handles import HandleTable
 from silofs.layers.locks import LockTable
-from silofs.layers.memfd import COUNTER, TAILS, Memfd
+from silofs.layers.memfd import COUNTER, MAGIC, TAILS, Memfd
 from silofs.layers.records import ALIGN, HEADER, WRAP, Mark, Record, header, span, walk
 from silofs.limits import HANDLES_MAX, LOG_BYTES
 
@@ -80,6 +80,11 @@ class WriteLog:
         os.pwrite(fd, tail + _SUM.pack(checksum(tail, block.secret)), TAILS + ALIGN)
         os.pwrite(fd, (1).to_bytes(8, "little"), COUNTER)
         Memfd.seal(fd, block)
+
+    @staticmethod
+    def formatted(fd: int) -> bool:
+        """Whether `format` has come to its end on this memfd. Before, it holds nothing."""
+        return os.pread(fd, len(MAGIC), 0) == MAGIC
 
     @classmethod
     def open(cls, fd: int, store_uuid: bytes) -> WriteLog:

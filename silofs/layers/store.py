@@ -1,7 +1,7 @@
 """A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
 
-    STORE/lock        flock, held as long as anyone uses the store; says that this is one
-    STORE/data/       the LMDB environment
+STORE/lock        flock, held as long as anyone uses the store; says that this is one
+STORE/data/       the LMDB environment
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
-from silofs.layers.filesystem import free_bytes, refuse_network
+from silofs.layers.filesystem import free_bytes, refuse_network, sync_directory
 from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.held import Held, worst_case
 from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
+from silofs.layers.replay import recover_journal
 from silofs.layers.rewrite import Budget, Policy, Stepped, take
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.usage import Usage
@@ -81,7 +82,7 @@ class Store:
             _make(new, uuid)
             new.rename(data)
             for directory in (path, path.parent):
-                _sync_directory(directory)
+                sync_directory(directory)
             os.write(lock_fd, f"{MARK}{uuid.hex()}\n".encode())
             os.fsync(lock_fd)
         finally:
@@ -89,13 +90,20 @@ class Store:
 
     @classmethod
     def open(
-        cls, path: Path, *, lock_fd: int | None = None, map_bytes: int | None = None, verify: bool = True
+        cls,
+        path: Path,
+        *,
+        lock_fd: int | None = None,
+        map_bytes: int | None = None,
+        verify: bool = True,
+        replay: bool = True,
     ) -> Store:
         """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
 
         NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone), Unsupported (on a
         network file system). Nothing is made here, but a store of an older version becomes one of this version.
         Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
+        The journal is replayed first; `replay=False` only for who has the write log itself, and replays that.
         """
         mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
         if not mark.exists() and not data.exists():
@@ -119,7 +127,14 @@ class Store:
             if own_fd >= 0:
                 os.close(own_fd)
             raise
-        return cls(path, environment, found.store, own_fd)
+        store = cls(path, environment, found.store, own_fd)
+        if replay:
+            try:
+                recover_journal(store)
+            except BaseException:
+                store.close()
+                raise
+        return store
 
     def _start_writer(self) -> None:
         self.usage.clear()
@@ -315,14 +330,6 @@ def _take_lock(path: Path) -> int:
         os.close(lock_fd)
         raise StoreLocked(f"the store in {path} is in use") from error
     return lock_fd
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _drop_cache(data_file: Path) -> None:

@@ -50,8 +50,9 @@ class Inline(Threads):
 class Rig:
     """`async with rig.running()` serves; leaving it is the daemon's death: the rest is in the memfd only."""
 
-    def __init__(self, path: Path, *, ring: int = 4 * MIB, remote: Remote | None = None) -> None:
+    def __init__(self, path: Path, *, ring: int = 4 * MIB, remote: Remote | None = None, journal: bool = False) -> None:
         self.path = path
+        self.journal = journal
         self.remote = remote
         self.threads: Threads = Inline()
         Store.create(path)
@@ -68,9 +69,9 @@ class Rig:
         return self.threads
 
     def start(self) -> Engine:
-        self.store = Store.open(self.path)
+        self.store = Store.open(self.path, replay=False)
         self.log = WriteLog.open(self.fd, self.store.uuid)
-        self.engine = Engine(self.store, self.log, remote=self.remote, threads=self.threads)
+        self.engine = Engine(self.store, self.log, remote=self.remote, threads=self.threads, journal=self.journal)
         self.engine.recover()
         return self.engine
 
