@@ -152,7 +152,7 @@ class Journalling:
         self.syncs += 1
         try:
             with trio.CancelScope(shield=True):
-                await self._threads.wait(self._line.submit(lambda: _write(file, parts)))
+                await self._threads.wait(self._line.submit(lambda: _write(file, parts)), urgent=True)
         except Exception as error:
             log.error("a write to the journal failed, and it is given up: %r", error)
             self._file = None

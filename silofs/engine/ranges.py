@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, PAGE_SHIFT, pages_for
-from silofs.engine.commits import Commits, grow
+from silofs.engine.commits import Commits
 from silofs.engine.reads import Reads
 from silofs.engine.volume import Gate, VolumeState
 from silofs.engine.writes import Writes
 from silofs.errors import Damaged, NoSuchVolume
+from silofs.layers.commit import grow
 from silofs.layers.pending import Pending
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import ZERO, Refs

@@ -23,8 +23,11 @@ class Threads:
         """The job's result, from a thread. A cancellation waits for the job: it may hold a transaction."""
         return await trio.to_thread.run_sync(job, limiter=self._limiter)
 
-    async def wait(self, future: Future[T]) -> T:
-        """A future's result. Cheaper than a thread that waits; a cancellation does not stop what it stands for."""
+    async def wait(self, future: Future[T], *, urgent: bool = False) -> T:
+        """A future's result. Cheaper than a thread that waits; a cancellation does not stop what it stands for.
+
+        `urgent`: some client waits for nothing else.
+        """
         if not future.done():
             done = trio.Event()
             token = trio.lowlevel.current_trio_token()

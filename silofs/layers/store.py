@@ -1,7 +1,8 @@
 """A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
 
-STORE/lock        flock, held as long as anyone uses the store; says that this is one
-STORE/data/       the LMDB environment
+    STORE/lock        flock, held as long as anyone uses the store; says that this is one
+    STORE/data/       the LMDB environment
+    STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Store:
                 os.close(own_fd)
             raise
         store = cls(path, environment, found.store, own_fd)
-        if replay:
+        if replay and verify:
             try:
                 recover_journal(store)
             except BaseException:

@@ -41,9 +41,10 @@ class Inline(Threads):
         await trio.lowlevel.checkpoint()
         return job()
 
-    async def wait(self, future: Future[T]) -> T:
+    async def wait(self, future: Future[T], *, urgent: bool = False) -> T:
         await trio.lowlevel.checkpoint()
-        await self.release.wait()
+        if not urgent:
+            await self.release.wait()
         return future.result()
 
 
@@ -56,9 +57,8 @@ class Rig:
         self.remote = remote
         self.threads: Threads = Inline()
         Store.create(path)
+        self.ring = ring
         self.fd = os.memfd_create("log")
-        with Store.open(path) as store:
-            WriteLog.format(self.fd, store.uuid, ring)
         self.store: Store
         self.log: WriteLog
         self.engine: Engine
@@ -69,11 +69,19 @@ class Rig:
         return self.threads
 
     def start(self) -> Engine:
-        self.store = Store.open(self.path, replay=False)
+        logged = WriteLog.formatted(self.fd)
+        self.store = Store.open(self.path, replay=not logged)
+        if not logged:
+            WriteLog.format(self.fd, self.store.uuid, self.ring)
         self.log = WriteLog.open(self.fd, self.store.uuid)
         self.engine = Engine(self.store, self.log, remote=self.remote, threads=self.threads, journal=self.journal)
         self.engine.recover()
         return self.engine
+
+    def cut_power(self) -> None:
+        """After `stop`: the memfd is gone as well."""
+        os.close(self.fd)
+        self.fd = os.memfd_create("log")
 
     def stop(self) -> None:
         self.engine.close()
