@@ -31,6 +31,7 @@ _MAGIC = (
     (0, b"vhdxfile", "vhdx"),
     (0x40, b"\x7f\x10\xda\xbe", "vdi"),
     (0, b"conectix", "vpc"),
+    (0, b"SILOSTRM", "stream"),
 )
 _SUFFIXES = {".qcow2": "qcow2", ".vmdk": "vmdk", ".vdi": "vdi", ".vhdx": "vhdx"}
 _PERCENT = re.compile(rb"\(([0-9]+(?:\.[0-9]+)?)/100%\)")

@@ -18,17 +18,16 @@ from silofs.facts import Fields
 from silofs.images import READER_S, Cancelled, Progress, never
 from silofs.layers import diff, schema
 from silofs.layers.store import Store
-from silofs.verbs import State
+from silofs.verbs import Pair
 
 _RECORD: Final = struct.Struct("<QQQ")
 _BATCH: Final = 4096  # records between two writes
 KINDS: Final = {schema.ZERO: "zero", schema.DATA: "data"}
 
 
-def write(
-    store: Store, old: State, new: State, fd: int, *, progress: Progress, cancelled: Cancelled = never
-) -> Fields:
+def write(store: Store, pair: Pair, fd: int, *, progress: Progress, cancelled: Cancelled = never) -> Fields:
     """Write the extents that differ to `fd`; both states are held by the caller. The verb's result but for them."""
+    old, new = pair.old, pair.new
     bytes_of = dict.fromkeys(KINDS.values(), 0)
     count = 0
     with os.fdopen(os.dup(fd), "wb") as file:

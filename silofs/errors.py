@@ -99,6 +99,13 @@ class BadImage(UserError):
     default_hint = "qemu-img check FILE says what is wrong with it"
 
 
+class BadStream(UserError):
+    """What `silofs export --format stream` wrote did not arrive as it was written, or is something else."""
+
+    code = "bad_stream"
+    default_hint = "export it again; what was imported of it before is kept, and not sent twice"
+
+
 class Busy(UserError):
     """In use, or in a state that forbids the call for now."""
 

@@ -14,7 +14,6 @@ import errno
 import os
 import select
 import stat
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -24,10 +23,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from silofs import limits
-from silofs.blocks import LEAF_BYTES, PAGE, pages_for
-from silofs.errors import BadImage, BadSize, Busy, Damaged, Interrupted, ObjectMissing, StoreFull
+from silofs.blocks import PAGE, pages_for
+from silofs.errors import BadImage, BadSize, Interrupted
 from silofs.layers import schema
-from silofs.layers.reader import ReadTxn
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_size
@@ -266,66 +264,3 @@ class _spooled:
             if select.select([self._source], [], [], 0.2)[0]:
                 return os.read(self._source, limits.MIB)
         raise Interrupted("the import was stopped", hint="nothing was left behind")
-
-
-def unload(
-    store: Store,
-    layer: int,
-    size: int,
-    fd: int,
-    *,
-    total: int,
-    progress: Progress,
-    cancelled: Cancelled = never,
-) -> int:
-    """Write the content of a sealed layer's chain into the file `fd` as a raw, sparse image; the bytes written.
-
-    total: about how many bytes are data, for the progress. Raises Damaged for a page that cannot be read, Busy for
-    one that is still at a peer, OSError.
-    """
-    os.ftruncate(fd, 0)
-    os.ftruncate(fd, size)
-    written = 0
-    reader = store.reader()
-    try:
-        began = time.monotonic()
-        for leaf in list(reader.chain_leaves(layer)):
-            if cancelled():
-                raise Interrupted("the export was stopped", hint="nothing was left behind")
-            if time.monotonic() - began > READER_S:
-                reader.renew()
-                began = time.monotonic()
-            try:
-                written += _write_leaf(reader, layer, leaf, size, fd)
-            except ObjectMissing:
-                reader.renew()  # moved by the cleaner: once, in a fresh transaction
-                written += _write_leaf(reader, layer, leaf, size, fd)
-            progress({"bytes_done": written, "bytes_total": total})
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StoreFull("no room for the exported image", hint="make room where the file goes") from error
-        raise
-    finally:
-        reader.close()
-    return written
-
-
-def _write_leaf(reader: ReadTxn, layer: int, leaf: int, size: int, fd: int) -> int:
-    refs = reader.resolve(layer, leaf)
-    kinds = schema.kinds(refs)
-    if (kinds == schema.LOST).any():
-        at = leaf * LEAF_BYTES + int(np.flatnonzero(kinds == schema.LOST)[0]) * PAGE
-        raise Damaged(f"the page at byte {at} was damaged and is lost")
-    if (kinds == schema.REMOTE).any():
-        hint = "wait until the migration is complete: silofs migration ls"
-        raise Busy(f"pages near byte {leaf * LEAF_BYTES} are still at a peer", hint=hint)
-    edges = np.flatnonzero(np.diff(kinds >= schema.DATA, prepend=False, append=False)).tolist()
-    written = 0
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        at = leaf * LEAF_BYTES + start * PAGE
-        data = b"".join(reader.views(refs[start:stop]))[: max(0, size - at)]
-        done = 0
-        while done < len(data):
-            done += os.pwrite(fd, data[done:], at + done)
-        written += len(data)
-    return written

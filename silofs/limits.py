@@ -85,6 +85,12 @@ HOLD_TEXT_MAX = 200  # characters of a freeze's owner and reason
 SNAPSHOTS_AT_ONCE = 256  # snapshots that one command takes in one transaction
 HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
 
+# Streams (docs/stream.md)
+STREAM_HEAD_BYTES_MAX = 4096  # of a header's body
+STREAM_PAGES = 256  # pages of data in one frame (1 MiB)
+STREAM_RUNS = 4096  # runs in one frame
+STREAM_KEEP_S = 7 * 86400.0  # what an import that was interrupted has stored is kept this long for the next attempt
+
 # Peers and migration
 FRAME_BYTES_MAX = 2 * MIB  # one frame on the wire, checked before allocation
 HANDSHAKE_S = 10.0  # an unauthenticated connection lives no longer

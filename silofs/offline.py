@@ -9,12 +9,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from silofs import diffs, images, verbs
+from silofs import diffs, images, raw_out, stream_in, stream_out, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
 from silofs.layers.policies import drain
 from silofs.layers.rewrite import Reap
 from silofs.layers.store import Store
+from silofs.sink import Source
+from silofs.stream import Decoder
 
 Progress = Callable[[Fields], None]
 
@@ -49,11 +51,17 @@ def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progr
         done = store.write(lambda txn: verbs.WRITES[verb](txn, args, view))
         drain(store, [Reap()])
         return done
+    if verb == "import_abandon":
+        return store.write(lambda txn: stream_in.abandon(txn, args, view))
     if verb == "import":
         store.write(images.reap)
         return _import(store, args, view, _one(fds), report)
     if verb == "export":
         return _export(store, args, _one(fds), report)
+    if verb == "export_stream":
+        return _send(store, args, _one(fds), report)
+    if verb == "import_stream":
+        return _receive(store, args, view, _one(fds), report)
     if verb == "diff":
         return _diff(store, args, _one(fds), report)
     if verb == "check":
@@ -73,14 +81,31 @@ def _import(store: Store, args: Fields, view: View, fd: int, progress: Progress)
 def _export(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
     with contextlib.closing(store.reader()) as reader:
         state = verbs.exported(reader, args)
-    written = images.unload(store, state.layer, state.size, fd, total=state.data_bytes, progress=progress)
-    return {"size": state.size, "bytes_written": written}
+    return raw_out.write(store, state, fd, progress=progress)
 
 
 def _diff(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
     with contextlib.closing(store.reader()) as reader:
-        old, new = verbs.compared(reader, args)
-    return diffs.write(store, old, new, fd, progress=progress)
+        pair = verbs.compared(reader, args)
+    return diffs.write(store, pair, fd, progress=progress)
+
+
+def _send(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
+    with contextlib.closing(store.reader()) as reader:
+        sent = verbs.sent(reader, args)
+    return stream_out.write(store, sent, fd, progress=progress)
+
+
+def _receive(store: Store, args: Fields, view: View, fd: int, progress: Progress) -> Fields:
+    verbs.name_in(args, "name")
+    decoder = Decoder(Source(fd, images.never).read)
+    target = store.write(lambda txn: stream_in.begin(txn, args, decoder.head, view))
+    total = images.image_size(fd)
+    stored = stream_in.store_frames(
+        store, target, decoder, progress=progress, total=total, batch_bytes=images.BATCH_BYTES
+    )
+    fields = store.write(lambda txn: stream_in.publish(txn, target, view))
+    return {**fields, **stored.fields(), "snapshot": decoder.head.snapshot}
 
 
 def _one(fds: Sequence[int]) -> int:

@@ -64,6 +64,9 @@ class Service:
         transfers = Transfers(engine, self.view)
         self.register("import", transfers.load, cancellable=True)
         self.register("export", transfers.unload, cancellable=True)
+        self.register("import_stream", transfers.receive, cancellable=True)
+        self.register("import_abandon", transfers.abandon)
+        self.register("export_stream", transfers.send, cancellable=True)
         self.register("diff", transfers.diff, cancellable=True)
         self.register("check", self._check, cancellable=True)
 

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from silofs import diffs, images, verbs
+from silofs import diffs, failpoints, images, raw_out, stream_in, stream_out, verbs
 from silofs.control import Call
 from silofs.engine.volume import VolumeState
 from silofs.errors import UserError
@@ -23,7 +23,9 @@ from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
-from silofs.verbs import Args, State
+from silofs.sink import Source
+from silofs.stream import Decoder
+from silofs.verbs import Args
 
 T = TypeVar("T")
 
@@ -47,6 +49,16 @@ class Volumes(Protocol):
     def shown(self, record: Volume) -> tuple[Volume, int, int]: ...
 
     async def transact(self, fn: Callable[[WriteTxn], T]) -> T: ...
+
+
+class Layers(Protocol):
+    """What a transfer reads."""
+
+    @property
+    def layers(self) -> set[int]: ...
+
+
+Held = TypeVar("Held", bound=Layers)
 
 
 class Transfers:
@@ -90,42 +102,77 @@ class Transfers:
     async def unload(self, args: Args, call: Call) -> Fields:
         """`export`: a volume or a snapshot as a raw image."""
         fd, store = one_file(call), self._engine.store
-        async with self._held(lambda txn: [verbs.exported(txn, args)]) as (state,):
-            written = await in_thread(
+        async with self._held(lambda txn: verbs.exported(txn, args)) as state:
+            return await in_thread(
                 call,
-                lambda progress, cancelled: images.unload(
-                    store, state.layer, state.size, fd, total=state.data_bytes, progress=progress, cancelled=cancelled
-                ),
+                lambda progress, cancelled: raw_out.write(store, state, fd, progress=progress, cancelled=cancelled),
             )
-        return {"size": state.size, "bytes_written": written}
+
+    async def send(self, args: Args, call: Call) -> Fields:
+        """`export --format stream`."""
+        fd, store = one_file(call), self._engine.store
+        async with self._held(lambda txn: verbs.sent(txn, args)) as sent:
+            return await in_thread(
+                call,
+                lambda progress, cancelled: stream_out.write(store, sent, fd, progress=progress, cancelled=cancelled),
+            )
+
+    async def receive(self, args: Args, call: Call) -> Fields:
+        """`import` of a stream. Short steps between transactions of the engine; in `stream_in` what they leave."""
+        fd, store, view = one_file(call), self._engine.store, self._view()
+        verbs.name_in(args, "name")
+        source = Source(fd, images.never)
+
+        def read_head(progress: images.Progress, cancelled: images.Cancelled) -> Decoder:
+            source.cancelled = cancelled
+            return Decoder(source.read)
+
+        decoder = await in_thread(call, read_head)
+        target = await self._engine.transact(lambda txn: stream_in.begin(txn, args, decoder.head, view))
+        failpoints.hit("stream.begun")
+
+        def read_frames(progress: images.Progress, cancelled: images.Cancelled) -> stream_in.Stored:
+            source.cancelled = cancelled
+            batch, total = images.SHARED_BATCH_BYTES, images.image_size(fd)
+            return stream_in.store_frames(store, target, decoder, progress=progress, total=total, batch_bytes=batch)
+
+        stored = await in_thread(call, read_frames)
+        failpoints.hit("stream.before_publish")
+        fields = await self._engine.transact(lambda txn: stream_in.publish(txn, target, self._view()))
+        failpoints.hit("stream.published")
+        return {**fields, **stored.fields(), "snapshot": decoder.head.snapshot}
+
+    async def abandon(self, args: Args, call: Call) -> Fields:
+        """`import --abandon`."""
+        return await self._engine.transact(lambda txn: stream_in.abandon(txn, args, self._view()))
 
     async def diff(self, args: Args, call: Call) -> Fields:
         """`diff`: the changed extents go into the caller's file."""
         fd, store = one_file(call), self._engine.store
-        async with self._held(lambda txn: verbs.compared(txn, args)) as (old, new):
+        async with self._held(lambda txn: verbs.compared(txn, args)) as pair:
             return await in_thread(
                 call,
-                lambda progress, cancelled: diffs.write(store, old, new, fd, progress=progress, cancelled=cancelled),
+                lambda progress, cancelled: diffs.write(store, pair, fd, progress=progress, cancelled=cancelled),
             )
 
     @asynccontextmanager
-    async def _held(self, choose: Callable[[WriteTxn], list[State]]) -> AsyncIterator[list[State]]:
+    async def _held(self, choose: Callable[[WriteTxn], Held]) -> AsyncIterator[Held]:
         """What `choose` finds in a transaction that commits all pending writes, held until the block ends."""
         holder = images.PIN_EXPORT + uuid.uuid4().hex
 
-        def hold(txn: WriteTxn) -> list[State]:
-            states = choose(txn)
-            for state in states:
-                txn.pin(state.layer, holder)
-            return states
+        def hold(txn: WriteTxn) -> Held:
+            found = choose(txn)
+            for layer in found.layers:
+                txn.pin(layer, holder)
+            return found
 
         self._running += 1
         try:
-            states = await self._engine.transact(hold)
+            found = await self._engine.transact(hold)
             try:
-                yield states
+                yield found
             finally:
-                layers = {state.layer for state in states}
+                layers = found.layers
                 with trio.CancelScope(shield=True):
                     await self._engine.transact(lambda txn: images.let_go(txn, layers, holder))
         finally:

@@ -23,6 +23,7 @@ from silofs.layers.scrub import scrub
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_name, check_size
+from silofs.stream import Head
 
 Args = dict[str, Any]
 
@@ -261,6 +262,14 @@ def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
         raise Busy(f"{volume.name} is {ROLES[role]}: its migration is not over", hint=hint)
 
 
+def receiving(txn: ReadTxn, name: str, view: View) -> Volume:
+    """A volume that an import may bring to another state."""
+    volume = owned(txn, name, "an import")
+    unused(volume, view)
+    freezes.check(txn, volume, "an import")
+    return volume
+
+
 def adopt(txn: WriteTxn, args: Args, view: View, loaded: Loaded) -> Fields:
     """The end of an import: a volume on the layer that was loaded."""
     name = name_in(args, "name")
@@ -278,6 +287,22 @@ class State:
     size: int  # bytes
     data_bytes: int
 
+    @property
+    def layers(self) -> set[int]:
+        return {self.layer}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two states that are compared."""
+
+    old: State
+    new: State
+
+    @property
+    def layers(self) -> set[int]:
+        return {self.old.layer, self.new.layer}
+
 
 def state_of(txn: ReadTxn, name: str, snapshot: str | None, what: str) -> State:
     """That state of a volume; in a WriteTxn its head is sealed first, since it goes on changing."""
@@ -294,11 +319,53 @@ def exported(txn: ReadTxn, args: Args) -> State:
     return state_of(txn, name_in(args, "volume"), optional_name(args, "snapshot"), "an export")
 
 
-def compared(txn: ReadTxn, args: Args) -> list[State]:
-    """The two states of a diff, the older one first. Without a second one the first one's volume as it is now."""
+def compared(txn: ReadTxn, args: Args) -> Pair:
+    """The two states of a diff. Without a second one the first one's volume as it is now."""
     name = name_in(args, "volume")
+    other, other_snapshot = optional_name(args, "other") or name, optional_name(args, "other_snapshot")
     old = state_of(txn, name, name_in(args, "snapshot"), "a diff")
-    return [old, state_of(txn, optional_name(args, "other") or name, optional_name(args, "other_snapshot"), "a diff")]
+    return Pair(old, state_of(txn, other, other_snapshot, "a diff"))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a stream is to carry."""
+
+    head: Head
+    layer: int
+    base: int  # layer; 0: the whole snapshot
+    data_bytes: int
+
+    @property
+    def layers(self) -> set[int]:
+        return {self.layer, self.base} - {0}
+
+
+def sent(txn: ReadTxn, args: Args) -> Sent:
+    """The snapshot that a stream is to carry, and the one that it is to be a change of."""
+    name = name_in(args, "volume")
+    volume = owned(txn, name, "an export")
+    taken = txn.find_snapshot(volume.uuid, name_in(args, "snapshot"))
+    layer = txn.layer(taken.layer)
+    since, since_snapshot = optional_name(args, "since"), optional_name(args, "since_snapshot")
+    if since is None or since_snapshot is None:
+        head = Head(name, taken.name, layer.uuid, layer.size, taken.created_ns)
+        return Sent(head, layer.id, 0, taken.data_pages * PAGE)
+    older = txn.layer(txn.find_snapshot(owned(txn, since, "an export").uuid, since_snapshot).layer)
+    if older.id == layer.id:
+        hint = "nothing changed between them: there is nothing to send"
+        raise Exists(f"{since}@{since_snapshot} and {name}@{taken.name} are one state", hint=hint)
+    head = Head(
+        name,
+        taken.name,
+        layer.uuid,
+        layer.size,
+        taken.created_ns,
+        base=older.uuid,
+        base_name=f"{since}@{since_snapshot}",
+        base_size=older.size,
+    )
+    return Sent(head, layer.id, older.id, 0)
 
 
 def rollback(txn: WriteTxn, args: Args, view: View) -> Fields:

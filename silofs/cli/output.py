@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from silofs.cli.sizes import show_size
 from silofs.errors import Busy, Interrupted, SiloError
@@ -48,6 +48,10 @@ class App:
     _phase: object = field(default=None, repr=False)
     _drawn: bool = field(default=False, repr=False)
 
+    def __post_init__(self) -> None:
+        global _stream
+        _stream = None
+
     @property
     def schema(self) -> str:
         return f"silofs.{self.verb}/1"
@@ -71,6 +75,11 @@ class App:
             text = show()
             if text:
                 print(text)
+
+    def talk_on_stderr(self) -> None:
+        """From now on stdout is for the data that the verb itself writes there; JSON goes to stderr."""
+        global _stream
+        _stream = sys.stderr
 
     def note(self, text: str) -> None:
         """What was done, for people; not data."""
@@ -112,8 +121,11 @@ class App:
             raise Interrupted("nothing was changed", hint="")
 
 
+_stream: TextIO | None = None  # where JSON goes; None: stdout
+
+
 def emit(line: Mapping[str, Any]) -> None:
-    print(json.dumps(line, allow_nan=False), flush=True)
+    print(json.dumps(line, allow_nan=False), file=_stream, flush=True)
 
 
 def progress_line(fields: Mapping[str, Any]) -> str:

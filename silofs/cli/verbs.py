@@ -24,7 +24,7 @@ VERBS = {
     "restart": "mounting",
     "create": "volumes",
     "import": "images",
-    "export": "images",
+    "export": "exports",
     "ls": "volumes",
     "info": "volumes",
     "df": "volumes",

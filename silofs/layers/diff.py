@@ -16,7 +16,7 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from silofs.blocks import LEAF_BYTES, LEAF_SHIFT, pages_for
-from silofs.layers import schema
+from silofs.layers import leaves, schema
 from silofs.layers.catalog import Layer
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import Refs
@@ -25,7 +25,9 @@ Run = tuple[int, int, int]  # first page, pages, schema.DATA or schema.ZERO as t
 
 
 def suspects(txn: ReadTxn, old: int, new: int) -> list[int]:
-    """The leaves, ascending, outside which the two layers are equal."""
+    """The leaves, ascending, outside which the two layers are equal. An `old` of 0 is nothing but holes."""
+    if not old:
+        return list(txn.chain_leaves(new))
     common = _common(txn, old, new)
     parts: list[Iterator[int]] = []
     clip = None
@@ -56,7 +58,8 @@ def runs(txn: ReadTxn, old: int, new: int, leaf: int) -> Iterator[Run]:
 
     A page that is lost in the newer layer always counts as changed data: whoever wants it gets the error.
     """
-    before, after = _plain(txn.resolve(old, leaf)), _plain(txn.resolve(new, leaf))
+    before = _plain(txn.resolve(old, leaf)) if old else leaves.HOLES
+    after = _plain(txn.resolve(new, leaf))
     changed = (before != after) | (after == schema.LOST)
     first = leaf << LEAF_SHIFT
     changed[max(0, pages_for(txn.layer(new).size) - first) :] = False

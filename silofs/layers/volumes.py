@@ -216,7 +216,7 @@ class VolumeChanges(Changes):
         """
         volume = self.volume(uuid)
         head = self.layer(volume.head)
-        if head.parent and not head.leaves and head.clip == volume.size == self.layer(head.parent).size:
+        if self.unchanged(uuid):
             return self.layer(head.parent)
         layer = self.change_layer(
             head.id,
@@ -229,6 +229,13 @@ class VolumeChanges(Changes):
         self.put_record(schema.LAYER_UUID, layer.uuid, Value(schema.KEY.pack(layer.id)))
         self._change_volume(volume, head=self._new_head(layer.id, volume.size).id)
         return self.layer(layer.id)
+
+    def unchanged(self, uuid: bytes) -> bytes:
+        """The uuid of the sealed state that the volume is exactly; empty if it was changed since."""
+        volume = self.volume(uuid)
+        head = self.layer(volume.head)
+        same = head.parent and not head.leaves and head.clip == volume.size == self.layer(head.parent).size
+        return self.layer(head.parent).uuid if same else b""
 
     def take_snapshot(self, uuid: bytes, name: str) -> Snapshot:
         """Seal, and name what was sealed."""
