@@ -102,8 +102,11 @@ class Writer:
         number = self._count.next()
         self.volume.write(first, count, number)
         index = self.volume.newest
-        fd = self._synchronous if synchronous else self._fd
-        assert os.pwrite(fd, fill(first, count, number), first * UNIT) == count * UNIT
+        # Half of the synchronous ones say so themselves, on a file that was opened for others.
+        own = synchronous and number % 2
+        fd = self._synchronous if synchronous and not own else self._fd
+        written = os.pwritev(fd, [fill(first, count, number)], first * UNIT, os.RWF_DSYNC if own else 0)
+        assert written == count * UNIT
         if synchronous:
             self.volume.synced(index)
 

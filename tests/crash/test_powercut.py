@@ -44,3 +44,9 @@ def test_a_store_that_does_not_sync_is_noticed(directory: Path) -> None:
     subprocess.run(compiler, input=FORGETFUL, text=True, check=True)
     record(directory, seed="forgetful", environment={"LD_PRELOAD": str(library)})
     assert explore(directory, cuts=30).problems
+
+
+def test_a_mount_that_does_not_see_the_flags_of_a_write_is_noticed(directory: Path) -> None:
+    """The same for RWF_DSYNC: without the extension such a write is acknowledged as if it were a plain one."""
+    record(directory, seed="a1", environment={"SILOFS_EXTENSION": "off"})
+    assert explore(directory, cuts=60).problems

@@ -16,7 +16,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("dispatch.so")
-SWITCH = "SILOFS_EXTENSION"
+SWITCH = "SILOFS_EXTENSION"  # "off", or the path of another build of it, for tests
 RESENT = 1 << 63  # in a request's number: the kernel sent it again, since the daemon that had read it died
 
 _WORDS = 2  # silofs_request: number, flags of a write
@@ -24,10 +24,11 @@ _TAKE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def _load() -> ctypes.CDLL | None:
-    if os.environ.get(SWITCH) == "off" or "pyfuse3" in sys.modules or not LIBRARY.exists():
+    wanted = os.environ.get(SWITCH) or str(LIBRARY)
+    if wanted == "off" or "pyfuse3" in sys.modules or not Path(wanted).exists():
         return None
     try:
-        return ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(wanted, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         log.error("the C extension cannot be loaded: %s", error)
         return None
