@@ -59,6 +59,7 @@ FETCHED_PAGES = 2048  # pages that came from a peer and are not in the store yet
 
 # FUSE
 FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another
+DAMAGE_TOLD_MAX = 1000  # different damages that a daemon logs
 FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint
 REQUEST_BYTES_MAX = 1 * MIB
 FUSE_MAX_BACKGROUND = 4096  # asynchronous requests in flight in the kernel; with libfuse's 12 one volume stalls all

@@ -23,11 +23,11 @@ from pyfuse3 import FUSEError
 
 from silofs import failpoints
 from silofs.engine import Engine, VolumeState
-from silofs.errors import SiloError, Unsupported
+from silofs.errors import Damaged, SiloError, Unsupported
 from silofs.facts import View
 from silofs.layers.handles import Handle, HandleTable
 from silofs.layers.locks import LockTable
-from silofs.limits import SIZE_MAX
+from silofs.limits import DAMAGE_TOLD_MAX, SIZE_MAX
 from silofs.mount import extension, raw
 from silofs.mount.guard import Guarded, guarded
 from silofs.mount.locking import Locking
@@ -85,6 +85,7 @@ class Files(Guarded):
         self._engine: Engine
         self._locking: Locking | None
         self._files: dict[int, File] = {}
+        self._told: set[str] = set()
         self._request = extension.request
 
     def bind(self, volumes: Volumes) -> None:
@@ -125,7 +126,18 @@ class Files(Guarded):
 
     def _lost(self, fh: int, error: Exception) -> FUSEError:
         """`refusal`, and EBADF for a handle that is not known: looked at only now, to keep reads and writes short."""
-        return FUSEError(errno.EBADF) if fh not in self._files else self.refusal(error)
+        file = self._files.get(fh)
+        if file is None:
+            return FUSEError(errno.EBADF)
+        if isinstance(error, Damaged):
+            self._tell(f"damaged data of {file.state.name}: {error}")
+        return self.refusal(error)
+
+    def _tell(self, damage: str) -> None:
+        """Log damage, each once: a guest asks for the same page again and again."""
+        if damage not in self._told and len(self._told) < DAMAGE_TOLD_MAX:
+            self._told.add(damage)
+            log.error(damage)
 
     # Handles
 

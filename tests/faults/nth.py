@@ -33,7 +33,7 @@ import lmdb
 from silofs import offline
 from silofs.errors import SiloError
 from silofs.layers.check import check
-from silofs.layers.rewrite import drain
+from silofs.layers.policies import drain
 from silofs.layers.store import Store
 from tests.harness import ROOT
 from tests.storerig import Rig, page_bytes, read_layer
