@@ -29,11 +29,12 @@ from silofs import __version__, control, limits
 from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
 from silofs.freezing import Freezes
+from silofs.layers import memfd
 from silofs.layers.log import WriteLog
 from silofs.layers.requests import forget, remembered
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
-from silofs.mount import extension  # before pyfuse3 is imported
+from silofs.mount import extension, logfile  # the first before pyfuse3 is imported
 from silofs.mount.channel import Channel, ChannelError, Message
 from silofs.mount.files import Space, Volumes
 from silofs.mount.fuse import Adapter
@@ -122,7 +123,7 @@ class Daemon:
             if message is None:
                 return 1  # the holder died before it was this daemon's turn
             if message.op == "init":
-                self._holder.send("able", abilities=extension.abilities)
+                self._holder.send("able", abilities=extension.abilities, logs=memfd.KNOWN)
                 await self._session.initialise()
             elif message.op == "open":
                 refused = self._open(*message.fds)
@@ -132,18 +133,20 @@ class Daemon:
                 self._holder.send("opened")
             elif message.op == "serve" and opened:
                 return await self._serve(message)
+            elif message.op == "log":
+                self._begin_log(*message.fds)
             elif message.op == "quit" and opened:
                 self._close()  # recover() has committed the log, and nothing was admitted since
                 return 0
 
-    def _open(self, lock: int, memfd: int) -> int | None:
+    def _open(self, lock: int, memory: int) -> int | None:
         """Open the store and replay the log; the exit status when that cannot be done, after the holder was told."""
         try:
-            logged = WriteLog.formatted(memfd)
+            logged = WriteLog.formatted(memory)
             self._store = Store.open(Path(self._args.store), lock_fd=lock, replay=not logged)
             if not logged:
-                WriteLog.format(memfd, self._store.uuid)
-            self._log = WriteLog.open(memfd, self._store.uuid)
+                WriteLog.format(memory, self._store.uuid)
+            self._log = WriteLog.open(memory, self._store.uuid)
             self._engine = Engine(self._store, self._log)
             self._engine.recover()
         except (SiloError, OSError) as error:
@@ -223,10 +226,17 @@ class Daemon:
                 return
             if message.op == "ping":
                 self._holder.send("pong", n=message.fields.get("n"))
+            elif message.op == "log":
+                self._begin_log(*message.fds)
             elif message.op == "drain":
                 self._drain()
             elif message.op == "answer":
                 self._holder.answered(message)
+
+    @staticmethod
+    def _begin_log(file: int) -> None:
+        logfile.use(file)
+        os.close(file)
 
     async def _signals(self) -> None:
         """SIGTERM drains; a second one does not wait for the requests that are still unanswered."""
@@ -275,6 +285,21 @@ class Daemon:
         return Space(total=space.f_blocks * space.f_frsize, free=max(0, self._store.room()))
 
 
+class _Seldom(logging.Filter):
+    """One record a minute, without its traceback: of trio's complaint, ten times a second, that it cannot accept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.created < self._next:
+            return False
+        self._next = record.created + limits.SAME_COMPLAINT_S
+        record.exc_info = None
+        return True
+
+
 def _be_killed_first() -> None:
     """Undo what was inherited from the holder: when memory is short, the daemon is the one that can be replaced."""
     with suppress(OSError):
@@ -304,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("trio.serve_listeners").addFilter(_Seldom())
     _be_killed_first()
     _keep_buffers()
     os.set_inheritable(args.session, False)

@@ -73,6 +73,8 @@ START_S = 120.0  # a daemon opens the store and replays the log within this, or 
 PING_DAEMON_S = 2.5  # the holder asks the daemon for a sign of life
 PONG_DAEMON_S = 10.0  # and kills one that gave none for so long
 DRAIN_S = 10.0  # a daemon told to stop finishes the requests that it has read within this
+LOG_FILE_BYTES = 8 * MIB  # of silofs.log; then it is renamed to silofs.log.1, in the place of the one before
+SAME_COMPLAINT_S = 60.0  # between two log lines about the same lack (of file descriptors)
 STANDBY_S = 1.0  # after a daemon began to serve, its successor's interpreter is started
 
 # The control socket
@@ -84,6 +86,8 @@ HOLD_S = 30.0  # a volume that was frozen by a command thaws itself after this, 
 HOLD_MAX_S = 3600.0  # at most; guests give a disk up whose writes hang
 HOLD_TEXT_MAX = 200  # characters of a freeze's owner and reason
 SNAPSHOTS_AT_ONCE = 256  # snapshots that one command takes in one transaction
+ANSWER_S = 5.0  # a command that has heard nothing for so long asks whether the daemon hears at all ...
+SIGN_OF_LIFE_S = 5.0  # ... and ends with "try again" when that is not answered within this
 HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
 
 # Streams (docs/stream.md)

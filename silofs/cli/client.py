@@ -9,20 +9,29 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from silofs import limits
 from silofs.errors import SiloError, TryAgain, error_of
 from silofs.sockets import CONTROL, short_path
 
 Progress = Callable[[dict[str, Any]], None]
 
 
-def connect(store: Path) -> socket.socket | None:
+class Connection(socket.socket):
+    """To the daemon of a store."""
+
+    store: Path
+
+
+def connect(store: Path) -> Connection | None:
     """The daemon of this store, or None when nobody listens. Raises PermissionError for another user's store."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock = Connection(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.store = store
     try:
         with short_path(store / CONTROL) as path:
             sock.connect(path)
@@ -36,35 +45,64 @@ def connect(store: Path) -> socket.socket | None:
 
 
 def request(
-    sock: socket.socket,
+    sock: Connection,
     verb: str,
     args: dict[str, Any],
     *,
     fds: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The result of one verb. Raises what the daemon raised, and Gone when it went away without an answer."""
+    """The result of one verb. Raises what the daemon raised, and Gone when it went away without an answer, or is
+    silent and does not answer to `status` either."""
     line = json.dumps({"verb": verb, "args": args}).encode() + b"\n"
     try:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with contextlib.suppress(BrokenPipeError):  # it refused us before it heard us: its reason can be read
             sent = sock.sendmsg([line], ancillary)
             sock.sendall(line[sent:])
-        with sock.makefile("rb") as lines:
-            for answer in lines:
-                if not answer.endswith(b"\n"):
-                    break
-                fields = json.loads(answer)
-                kind = fields.pop("type", None)
-                if kind == "result":
-                    return dict(fields)
-                if kind == "error":
-                    raise error_from(fields)
-                if progress is not None:
-                    progress(fields)
+        for answer in _lines(sock):
+            fields = json.loads(answer)
+            kind = fields.pop("type", None)
+            if kind == "result":
+                return dict(fields)
+            if kind == "error":
+                raise error_from(fields)
+            if progress is not None:
+                progress(fields)
     except (ConnectionError, ValueError) as error:
         raise _gone() from error
     raise _gone()
+
+
+def _lines(sock: Connection) -> Iterator[bytes]:
+    """What the daemon says, line by line, up to its last whole one."""
+    buffer = bytearray()
+    while True:
+        line, newline, rest = buffer.partition(b"\n")
+        if newline:
+            buffer = rest
+            yield bytes(line)
+        elif not select.select([sock], [], [], limits.ANSWER_S)[0]:
+            _expect_life(sock.store)
+        else:
+            data = sock.recv(65536)
+            if not data:
+                return
+            buffer += data
+
+
+def _expect_life(store: Path) -> None:
+    """Raises Gone when the daemon does not even say how it is: it is stopped, hangs, or can open no more files."""
+    sock = connect(store)
+    if sock is None:
+        raise _gone()
+    with sock:
+        sock.sendall(b'{"verb": "status"}\n')
+        if not select.select([sock], [], [], limits.SIGN_OF_LIFE_S)[0]:
+            raise Gone(
+                f"the daemon of {store} does not answer: it is stopped, or stuck, or has too many files open",
+                hint="what was asked for may still be done when it goes on: look with silofs ls; see silofs.log",
+            )
 
 
 class Gone(TryAgain):

@@ -137,7 +137,7 @@ def _held(store: Path) -> dict[str, Any] | None:
 def _status_text(fields: dict[str, Any]) -> str:
     rows: list[tuple[str, object]] = []
     for key, value in fields.items():
-        if value in (None, "", []):
+        if value in (None, "", []) or key == "refused":  # `why` says it in words
             continue
         if key in ("frozen", "expired_freezes"):
             value = [f"{each['volume']} by {each['owner']} until {each['until']}" for each in value]

@@ -7,14 +7,13 @@ waits a moment and then ends with exit code 75 (docs/cli.md).
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from silofs import limits
-from silofs.cli.client import Progress, connect, request
+from silofs.cli.client import Connection, Progress, connect, request
 from silofs.errors import NoDaemon, NoStore, StoreLocked, TryAgain
 
 
@@ -52,7 +51,7 @@ def call(
         return direct.run(opened, verb, args, fds=fds, progress=progress)
 
 
-def daemon(store: Path, *, needed: bool) -> socket.socket | None:
+def daemon(store: Path, *, needed: bool) -> Connection | None:
     """A connection to the store's daemon; None if nobody holds the store.
 
     Raises TryAgain while a holder lives without a daemon, and NoDaemon if the verb cannot be done without one.

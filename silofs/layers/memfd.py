@@ -90,7 +90,7 @@ class Memfd:
         self.counter = self._view[COUNTER : COUNTER + 8]
         self.handles = self._view[HANDLES : block.ring_at]
         self.ring = self._view[block.ring_at :]
-        if block.version == VERSION:
+        if block.locks:
             self._map_rest()
 
     def _map_rest(self) -> None:

@@ -35,6 +35,10 @@ class Backoff:
             return 0.0
         return self._delay()
 
+    def learnt(self) -> None:
+        """The last death taught something: its successor knows what it must not touch again. It does not count."""
+        self._deaths[-1:] = []
+
     def failed(self) -> float:
         """The same for a daemon that said why it could not open the store: nobody gains from trying again at once."""
         return self._delay()

@@ -51,6 +51,7 @@ class Child:
         self.changed_at = 0.0  # when the present stage began; the holder's clock
         self.pong_at = 0.0
         self.abilities: tuple[str, ...] = ()  # what it does beyond libfuse; said before its reply to INIT
+        self.logs: tuple[int, ...] = (1,)  # versions of the write log that it knows; said with them
         self.clean = False  # it said that everything is committed
         self.refusal: dict[str, Any] | None = None  # why it could not open the store: code, message, hint, exit
 

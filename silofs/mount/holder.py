@@ -26,12 +26,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from silofs import limits
 from silofs.errors import SiloError
-from silofs.mount import kernel, prepare
+from silofs.mount import kernel, logfile, prepare
 from silofs.mount.backoff import Backoff
 from silofs.mount.channel import ChannelError, Message
 from silofs.mount.child import Child, Stage
@@ -60,6 +61,7 @@ class Holder:
         self._ping_at = 0.0
         self._restart: tuple[Child, int] | None = None  # the successor that a `restart` waits for, and its id
         self._last_exit = ""
+        self._killed = 0  # the signal that ended the last daemon
         self._refused: dict[str, Any] | None = None
         self._over: int | None = None  # exit status once everything is done
         self._wakeup, wakeup_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -119,7 +121,7 @@ class Holder:
 
     def _open(self, child: Child) -> None:
         child.enter(Stage.OPENING, time.monotonic())
-        child.channel.send("open", [self._lock, self._log])
+        child.channel.send("open", [self._lock, self._log], killed=self._killed)
 
     def _serve(self, child: Child) -> None:
         assert self._init is not None
@@ -167,6 +169,8 @@ class Holder:
         op = message.op
         if op == "opened" and child is self._current:
             child.enter(Stage.OPENED, now)
+            if message.fields.get("learnt"):
+                self._backoff.learnt()
             if self._init is None:
                 self._mount()
                 assert self._init is not None
@@ -190,6 +194,7 @@ class Holder:
                 self._ready = None
         elif op == "able":
             child.abilities = tuple(str(word) for word in message.fields.get("abilities", ()))
+            child.logs = tuple(int(version) for version in message.fields.get("logs", child.logs))
         elif op == "failed":
             child.refusal = {key: message.fields.get(key) for key in ("code", "message", "hint", "exit")}
         elif op == "pong":
@@ -215,18 +220,26 @@ class Holder:
             os.write(self._fuse, kernel.widen(self._init, reply, child.abilities))
             self._serve(child)
             return
-        lost = [word for word in self._abilities if word not in child.abilities]
-        if reply == self._init_reply and not lost:
+        why = self._unfit(child, reply)
+        if not why:
             child.enter(Stage.WARM, time.monotonic())
             self._warm(child)
             return
-        if lost:
-            why = f"the new daemon cannot do what the mount was made with: {', '.join(lost)}"
-        else:
-            why = "the new daemon speaks another FUSE dialect than the mount was made with"
         self._note(f"daemon {child.pid} is not used: {why}")
         self._promote_at = time.monotonic() + self._backoff.failed()
         self._drop_spare(child, why)
+
+    def _unfit(self, child: Child, reply: bytes) -> str:
+        """Why a new daemon cannot take the present one's place; empty when it can."""
+        lost = [word for word in self._abilities if word not in child.abilities]
+        version = prepare.log_version(self._log)
+        if lost:
+            return f"the new daemon cannot do what the mount was made with: {', '.join(lost)}"
+        if version not in child.logs:
+            return f"the new daemon does not know version {version} of the write log"
+        if reply != self._init_reply:
+            return "the new daemon speaks another FUSE dialect than the mount was made with"
+        return ""
 
     def _begin_restart(self, request: int) -> None:
         """A daemon started from the program as it is now, shown INIT; only then is the present one told to go."""
@@ -270,6 +283,7 @@ class Holder:
         self._current = None
         now = time.monotonic()
         self._last_exit = child.ending(status)
+        self._killed = max(0, -status)
         self._note(f"daemon {child.pid} {self._last_exit}")
         if self._generations == 0:
             raise child.error(self._last_exit)
@@ -280,6 +294,8 @@ class Holder:
         if child.refusal is not None:
             self._refused = child.refusal
             delay = self._backoff.failed()
+            if any(spare.stage is Stage.WARM for spare in self._spares):
+                delay = 0.0  # after a restart: the program of before may well be able to
         elif not child.clean:
             served = now - child.changed_at if child.stage is Stage.SERVING else 0.0
             delay = self._backoff.died(now, served_s=served)
@@ -360,6 +376,7 @@ class Holder:
                 self._spares.append(self._spare())
             if now >= self._ping_at:
                 self._ping(current, now)
+                self._rotate()
         elif now >= current.changed_at + _patience(current):
             self._note(f"daemon {current.pid} is stuck while {current.stage.value}")
             current.kill()
@@ -381,6 +398,15 @@ class Holder:
 
     # What others see
 
+    def _rotate(self) -> None:
+        """Begin a new log file once the old one is long enough."""
+        if not logfile.due(self._store):
+            return
+        fd = logfile.rotate(self._store)
+        for child in (*self._spares, *filter(None, [self._current])):
+            child.channel.send("log", [fd])
+        os.close(fd)
+
     def _note(self, text: str) -> None:
         print(f"silofs holder: {text}", file=sys.stderr, flush=True)
 
@@ -388,7 +414,7 @@ class Holder:
         current = self._current
         serving = current is not None and current.stage is Stage.SERVING
         waiting = "holding" if self._backoff.holding else "starting"
-        about = {
+        about: dict[str, Any] = {
             "state": "serving" if serving else waiting,
             "holder_pid": os.getpid(),
             "daemon_pid": current.pid if current is not None else None,
@@ -397,6 +423,10 @@ class Holder:
             "last_exit": self._last_exit,
             "refused": self._refused,
         }
+        if not serving and waiting == "holding":
+            about["why"] = f"the last daemon {self._last_exit}"
+            at = datetime.fromtimestamp(time.time() + max(0.0, self._promote_at - time.monotonic()), UTC)
+            about["next_try"] = at.strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             prepare.publish(self._store, about)
         except OSError as error:  # a full disk must not end a mount

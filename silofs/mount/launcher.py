@@ -14,8 +14,7 @@ from typing import Any, NoReturn
 
 from silofs.errors import SiloError, TryAgain, error_of
 from silofs.mount import kernel, prepare
-
-LOG_FILE = "silofs.log"
+from silofs.mount.logfile import LOG_FILE, open_log
 
 
 def command(
@@ -44,7 +43,7 @@ def start(holder: Sequence[str], store: Path, *, timeout_s: float = 60.0) -> int
     try:
         output = subprocess.DEVNULL
         if store.is_dir():
-            output = os.open(store / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            output = open_log(store / LOG_FILE)
         try:
             process = subprocess.Popen(
                 arguments,

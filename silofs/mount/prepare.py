@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from silofs.errors import Busy, NoStore, StoreLocked, UserError
 from silofs.mount import kernel
 
 STATE_FILE = "holder.json"
+STATE_BYTES = 4096  # of the file, blanks at its end: written over in place where there is no room for a new one
+LOG_HEAD = struct.Struct("<8sI")  # magic, version (silofs/layers/memfd.py)
 
 
 def lock_store(store: Path) -> int:
@@ -45,11 +48,25 @@ def mountpoint(store: Path, path: Path, options: kernel.Options) -> None:
         raise Busy(f"{path} is not empty", hint=hint)
 
 
+def log_version(memfd: int) -> int:
+    """The version of the write log in the memfd."""
+    return int(LOG_HEAD.unpack(os.pread(memfd, LOG_HEAD.size, 0))[1])
+
+
 def publish(store: Path, about: dict[str, Any]) -> None:
-    """Leave in the store what a command can show while there is no daemon to ask. Whole or not at all."""
-    new = store / f"{STATE_FILE}.new"
-    new.write_text(json.dumps(about) + "\n")
-    new.replace(store / STATE_FILE)
+    """Leave in the store what a command can show while there is no daemon to ask.
+
+    Whole or not at all, as long as there is room for a second file. On a full file system it is written over the first.
+    """
+    text = json.dumps(about).encode().ljust(STATE_BYTES - 1) + b"\n"
+    path, new = store / STATE_FILE, store / f"{STATE_FILE}.new"
+    try:
+        new.write_bytes(text)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        with path.open("r+b") as file:
+            file.write(text)
 
 
 def published(store: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`, `plain`
-(without the C extension; `equipped`: with it), `withdrawn` (once), and `refuse-new`, which those have seen that started
-after it was made."""
+(without the C extension; `equipped`: with it), `withdrawn` (once), and `refuse-new` and `old-log` (a program
+that knows version 1 of the write log only), which those have seen that started after they were made."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ if (STORE / "plain").exists():
 if (STORE / "equipped").exists():
     del os.environ["SILOFS_EXTENSION"]
 
+OLD_LOG = (STORE / "old-log").exists()
 NEW = (STORE / "refuse-new").exists()
 (STORE / f"started-{os.getpid()}").touch()
 
 from silofs import daemon  # noqa: E402
 from silofs.errors import BadFormat  # noqa: E402
+from silofs.layers import memfd  # noqa: E402
 from silofs.layers.store import Store  # noqa: E402
 from silofs.mount import session  # noqa: E402
 from silofs.mount.fuse import Adapter  # noqa: E402
@@ -51,6 +53,9 @@ class HastyWait(session._Polled):
 if __name__ == "__main__":
     session._Polled = HastyWait  # type: ignore[misc]
     daemon.Store = PickyStore  # type: ignore[misc]
+    if OLD_LOG:
+        memfd.VERSION, memfd.KNOWN = 1, (1,)  # type: ignore[misc, assignment]
+        memfd.LOCKS_MAX = memfd.NOTES_MAX = 0  # type: ignore[misc]
     if (STORE / "dialect").exists():
         Adapter.enable_writeback_cache = True
     sys.exit(daemon.main())

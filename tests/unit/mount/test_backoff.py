@@ -46,3 +46,10 @@ def test_a_store_that_cannot_be_opened_is_not_tried_at_once() -> None:
 def test_the_delay_has_an_upper_bound() -> None:
     backoff = Backoff()
     assert max(backoff.failed() for _ in range(200)) == limits.CRASH_DELAY_MAX_S
+
+
+def test_a_death_that_taught_something_does_not_count() -> None:
+    backoff = Backoff()
+    for number in range(limits.CRASH_DEATHS * 3):
+        assert backoff.died(number * 0.1, served_s=0.1) == 0.0
+        backoff.learnt()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from silofs import limits
 from silofs.mount import holder as module
+from silofs.mount import prepare
 from silofs.mount.child import Stage
 from silofs.mount.holder import Holder
 
@@ -136,3 +140,21 @@ def test_a_fault_of_the_holder_does_not_end_a_mount(
     holder._generations = 0
     with pytest.raises(ZeroDivisionError):
         holder._attempt(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+
+
+def test_what_the_holder_says_is_told_on_a_full_file_system_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = os.getpid()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"silofs.mount.holder")
+    prepare.publish(tmp_path, {"holder_pid": mine, "daemon_pid": 1})
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    prepare.publish(tmp_path, {"holder_pid": mine, "daemon_pid": 2, "why": "x" * 100})
+    assert prepare.published(tmp_path) == {"holder_pid": mine, "daemon_pid": 2, "why": "x" * 100}
+    prepare.publish(tmp_path, {"holder_pid": mine, "daemon_pid": None})
+    assert prepare.published(tmp_path) == {"holder_pid": mine, "daemon_pid": None}
+    assert [path.name for path in tmp_path.iterdir()] == [prepare.STATE_FILE]
