@@ -33,6 +33,11 @@ _MAGIC = (
     (0, b"conectix", "vpc"),
     (0, b"SILOSTRM", "stream"),
 )
+_UNREAD = (
+    (b"QED\0", "qed"),
+    (b"WithoutFreeSpace", "parallels"),
+    (b"WithouFreSpacExt", "parallels"),
+)  # taken for raw they would be disks that nothing boots from
 _SUFFIXES = {".qcow2": "qcow2", ".vmdk": "vmdk", ".vdi": "vdi", ".vhdx": "vhdx"}
 _PERCENT = re.compile(rb"\(([0-9]+(?:\.[0-9]+)?)/100%\)")
 
@@ -44,6 +49,10 @@ def identify(path: Path, claimed: str | None) -> str:
     found = next((kind for at, magic, kind in _MAGIC if head[at : at + len(magic)] == magic), "raw")
     if claimed == "raw":
         return "raw"
+    unread = [kind for magic, kind in _UNREAD if head.startswith(magic)]
+    if unread:
+        way = "qemu-img convert -O qcow2 makes one that is; --format raw imports its bytes as they are"
+        raise BadImage(f"{path} is a {unread[0]} image, which is not read here", hint=way)
     wanted = claimed or _SUFFIXES.get(path.suffix.lower())
     if wanted is not None and wanted != found and wanted != "vpc":
         what = f"looks like {found}" if found != "raw" else "has no header of one"

@@ -63,7 +63,11 @@ def migrate_command(
         hint = f"silofs migration show {name} follows it, silofs migration cancel {name} ends it"
         raise Interrupted("the migration goes on without this command", hint=hint) from None
     app.result(fields, long=True)
-    return _finish(app, fields)
+    code = _finish(app, fields)
+    if fields["left_snapshots"]:
+        some = ", ".join(fields["left_snapshots"])
+        app.warn(f"not on the volume's chain since a rollback, and left here: {some} (kept until silofs rm)")
+    return code or (Exit.WARNINGS if fields["left_snapshots"] else Exit.OK)
 
 
 def _finish(app: App, fields: dict[str, Any]) -> int:
@@ -119,15 +123,20 @@ def show_command(app: App, id: str) -> None:
 @migration_command.command("cancel", short_help="End a migration, and leave the source as it was.")
 @click.argument("id")
 @common("migration_cancel")
-def cancel_command(app: App, id: str) -> None:
+def cancel_command(app: App, id: str) -> int:
     """End a migration, and leave the source as it was. After the switch-over the volumes go back, with what was
     written since, as long as pages are missing at the destination."""
     fields = call(app.store, "migration_cancel", {"id": id}, offline=False)
     app.result(fields)
     if fields["phase"] in EXITS:
         app.note(f"{id} ended: {fields['phase']}")
-    else:
-        app.note(f"{id} is asked to end, and is {fields['phase']} now; silofs migration show {id} follows it")
+        return Exit.OK
+    app.note(f"{id} is asked to end, and is {fields['phase']} now; silofs migration show {id} follows it")
+    if fields["direction"] == "in" or fields["phase"] not in ("ceded", "pulling"):
+        return Exit.OK
+    peer = fields["peer"]
+    app.warn(f"{peer} owns the volumes and gives them back only if no clone there needs them: its log says if not")
+    return Exit.WARNINGS
 
 
 @migration_command.command("switchover", short_help="Hand the volume over now.")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from silofs.cli.pace import Pace
 from silofs.cli.sizes import show_size
 from silofs.errors import Busy, Interrupted, SiloError
 
@@ -44,6 +45,7 @@ class App:
     quiet: bool = False
     no_progress: bool = False
     debug: bool = False
+    _pace: Pace = field(default_factory=Pace, repr=False)
     _shown: float = field(default=0.0, repr=False)
     _phase: object = field(default=None, repr=False)
     _drawn: bool = field(default=False, repr=False)
@@ -94,6 +96,7 @@ class App:
     def progress(self, fields: Mapping[str, Any]) -> None:
         """One step of long work, as the daemon or the store reports it."""
         now = time.monotonic()
+        fields = {**fields, **self._pace.of(fields, now)}
         if self.json:
             if now - self._shown >= JSON_PROGRESS_INTERVAL_S or fields.get("phase") != self._phase:
                 self._shown, self._phase = now, fields.get("phase")
@@ -145,6 +148,10 @@ def progress_line(fields: Mapping[str, Any]) -> str:
         parts.append(f"{show_size(fields['bytes_left'])} left")
     if isinstance(fields.get("rate"), int | float):
         parts.append(f"{show_size(int(fields['rate']))}/s")
+    if isinstance(fields.get("eta_seconds"), int | float):
+        minutes, seconds = divmod(round(fields["eta_seconds"]), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts.append(f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left")
     return "  ".join(parts)
 
 

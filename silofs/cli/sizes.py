@@ -39,9 +39,12 @@ def parse_size(text: str) -> int:
 
 def parse_bandwidth(text: str) -> int:
     """Bytes per second; a trailing `/s` is allowed. Raises BadSize."""
-    rate = parse_bytes(text.strip().removesuffix("/s"))
+    try:
+        rate = parse_bytes(text.strip().removesuffix("/s"))
+    except BadSize:
+        rate = 0
     if rate < 1:
-        raise BadSize(f"{text!r} is no bandwidth", hint="bytes per second, for example 200M")
+        raise BadSize(f"{text!r} is no bandwidth", hint="bytes per second, at least 1: for example 200M")
     return rate
 
 

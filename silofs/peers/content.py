@@ -67,6 +67,13 @@ def snapshot_infos(reader: ReadTxn, uuid: bytes) -> list[SnapshotInfo]:
     ]
 
 
+def passed_over(reader: ReadTxn, uuid: bytes) -> list[str]:
+    """Snapshots that a rollback has left behind, as vm1@daily: they are on no chain that travels."""
+    volume = reader.volume(uuid)
+    chain = {layer.id for layer in reader.chain(volume.head)}
+    return [f"{volume.name}@{snap.name}" for snap in reader.snapshots(uuid) if snap.layer not in chain]
+
+
 def segments_above(
     reader: ReadTxn, uuid: bytes, top: int, above: bytes, round_number: int, *, boundaries: Iterable[bytes] = ()
 ) -> list[Segment]:

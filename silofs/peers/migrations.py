@@ -48,6 +48,7 @@ from silofs.peers.identity import Identity
 from silofs.peers.mover import Machine, Mover
 from silofs.peers.progress import Progress
 from silofs.peers.source_ops import Threads
+from silofs.verbs import owned
 
 if TYPE_CHECKING:
     from silofs.peers.remote_reads import RemoteReads
@@ -102,7 +103,8 @@ class Migrations:
         for volume in volumes:
             if any(volume.uuid in mover.uuids for mover in self.movers.values()):
                 raise Busy(f"{volume.name} is in another migration already", hint="silofs migration ls")
-            freezes.check(reader, volume, "migrating it")
+            owned(reader, volume.name, "a migration")
+            freezes.check(reader, volume, "a migration")
         machine, actions = SourceMachine.start(
             migration=os.urandom(16),
             peer=peer.store_id,

@@ -166,8 +166,9 @@ class Progress:
             "peer": self.peer,
             "direction": "out" if self.side is Side.SOURCE else "in",
             "phase": self.phase.value,
-            "mode": self.options.mode.value,
-            "switchover": self.options.switchover.value,
+            # How, is the source's to say: the destination is not told.
+            "mode": self.options.mode.value if self.side is Side.SOURCE else None,
+            "switchover": self.options.switchover.value if self.side is Side.SOURCE else None,
             "round": self.round,
             "bytes_sent": self.moved,
             "bytes_wire": self.traffic.sent_wire,

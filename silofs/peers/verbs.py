@@ -16,7 +16,7 @@ from silofs.migrate import events as ev
 from silofs.migrate.messages import Refusal
 from silofs.migrate.states import Mode, Options, Phase, Side, Switchover
 from silofs.migrate.target import TargetMachine
-from silofs.peers import pairing, records, tls
+from silofs.peers import content, pairing, records, tls
 from silofs.peers.authorise import Direction
 from silofs.peers.book import Book, Peer, suggestion_to_name
 from silofs.peers.hub import Hub, dial
@@ -170,14 +170,15 @@ class Verbs:
             snapshots=bool(args.get("snapshots", True)),
         )
         reader = self._migrations.engine.reads.txn
-        for name in names:
-            reader.volume_by_name(name)
+        volumes = [reader.volume_by_name(name) for name in names]
+        left = [name for volume in volumes for name in content.passed_over(reader, volume.uuid)]
+        left = left if options.snapshots else []  # else it was asked for
         await self._hub.connect(peer)
         retain = float(args.get("retain", RETAIN_S))
         bandwidth = args.get("max_bandwidth")
         mover = self._migrations.start(peer, names, options, retain_s=retain, bandwidth=bandwidth)
         if args.get("detach"):
-            return self._result(mover)
+            return {**self._result(mover), "left_snapshots": left}
         while not mover.over.is_set():
             await call.progress(**self._progress(mover))
             changed = mover.progress.changed
@@ -187,7 +188,7 @@ class Verbs:
         never_began = progress.round == 0 and progress.phase in (Phase.FAILED, Phase.CANCELLED)
         if progress.reason is not None and never_began:
             raise refused(progress.reason, progress.detail)
-        return self._result(mover)
+        return {**self._result(mover), "left_snapshots": left}
 
     def _progress(self, mover: Mover) -> dict[str, Any]:
         fields = self._migrations.fields(mover)

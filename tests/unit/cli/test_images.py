@@ -148,6 +148,17 @@ def test_a_file_that_is_no_image_of_the_format(silofs: Silofs, tmp_path: Path) -
     assert silofs.ok("import", text, "vm1", "--format", "raw")["virtual_size"] == -(-17 * 500 // 512) * 512
 
 
+@pytest.mark.parametrize(
+    ("kind", "front"), [("qed", b"QED\0"), ("parallels", b"WithoutFreeSpace"), ("parallels", b"WithouFreSpacExt")]
+)
+def test_a_format_that_is_known_and_not_read(silofs: Silofs, tmp_path: Path, kind: str, front: bytes) -> None:
+    path = tmp_path / "i"
+    path.write_bytes(front.ljust(1 << 20, b"x"))
+    error = silofs.fails(2, "import", path, "vm1")
+    assert (error["code"], kind in error["message"]) == ("bad_image", True)
+    silofs.ok("import", path, "vm1", "--format", "raw")
+
+
 def test_a_corrupt_qcow2(silofs: Silofs, tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qemu_img("convert", "-O", "qcow2", image(tmp_path / "i", SIZE, *PAGES), path)

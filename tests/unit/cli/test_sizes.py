@@ -86,9 +86,11 @@ def test_bandwidths(text: str, rate: int) -> None:
     assert sizes.parse_bandwidth(text) == rate
 
 
-def test_a_bandwidth_of_nothing_is_refused() -> None:
-    with pytest.raises(BadSize):
-        sizes.parse_bandwidth("0")
+@pytest.mark.parametrize("text", ["0", "-5", "fast", ""])
+def test_what_is_no_bandwidth(text: str) -> None:
+    with pytest.raises(BadSize, match="is no bandwidth") as caught:
+        sizes.parse_bandwidth(text)
+    assert "bytes per second" in caught.value.hint
 
 
 def test_targets() -> None:
