@@ -16,25 +16,20 @@ import select
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
-
-import numpy as np
 
 from silofs import limits
 from silofs.blocks import PAGE, pages_for
 from silofs.errors import BadImage, BadSize, Interrupted
-from silofs.layers import schema
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_size
+from silofs.packing import BATCH_BYTES, BlockWriter
 
 Progress = Callable[[dict[str, Any]], None]
 
 READ_BYTES: Final = 4 * limits.MIB  # of an image at a time
-BATCH_BYTES: Final = 16 * limits.MIB  # or a little more, in one transaction of an import; two batches are in memory
-SHARED_BATCH_BYTES: Final = 4 * limits.MIB  # while guests wait for commits of their own
 READER_S: Final = 0.5  # a read transaction is renewed at this age, so that freed pages can be used again
 PIN_IMPORT: Final = "import:"
 PIN_EXPORT: Final = "export:"
@@ -139,59 +134,18 @@ def reap(txn: WriteTxn) -> int:
 def _fill(
     store: Store, layer: int, fd: int, source: int, batch_bytes: int, progress: Progress, cancelled: Cancelled
 ) -> int:
-    """Store every page of the image that is not zero; the bytes read. One batch is read while the last one commits."""
+    """Store every page of the image that is not zero, and not in the store already; the bytes read."""
     done = 0
-    pages: dict[int, bytes] = {}
-    under_way: Future[int] | None = None
-    try:
+    with BlockWriter(store, layer, batch_bytes=batch_bytes) as writer:
         for offset, length in extents(fd, source):
             for at in range(offset, offset + length, READ_BYTES):
                 if cancelled():
                     raise Interrupted("the import was stopped", hint="nothing was left behind")
                 block = _read(fd, at, min(READ_BYTES, offset + length - at))
-                pages |= nonzero_pages(block, at // PAGE)
+                writer.add(at // PAGE, block)
                 done += len(block)
-                if len(pages) * PAGE >= batch_bytes:
-                    under_way, pages = _submit(store, layer, pages, under_way), {}
                 progress({"bytes_done": at + len(block), "bytes_total": source, "bytes_read": done})
-        if pages:
-            under_way = _submit(store, layer, pages, under_way)
-    finally:
-        if under_way is not None:
-            under_way.result()
     return done
-
-
-def _submit(store: Store, layer: int, pages: dict[int, bytes], before: Future[int] | None) -> Future[int]:
-    """Commit a batch, once the one before it has landed."""
-    if before is not None:
-        before.result()
-    return store.submit(lambda txn: _put(txn, layer, pages), nbytes=len(pages) * PAGE)
-
-
-def _put(txn: WriteTxn, layer: int, pages: dict[int, bytes]) -> int:
-    txn.put_map(layer, [(first, count, schema.REMOTE) for first, count in runs(sorted(pages))])
-    return txn.fill(layer, pages)
-
-
-def runs(pages: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of the runs in a sorted list."""
-    at = 0
-    while at < len(pages):
-        end = at + 1
-        while end < len(pages) and pages[end] == pages[end - 1] + 1:
-            end += 1
-        yield pages[at], end - at
-        at = end
-
-
-def nonzero_pages(block: bytes, first: int) -> dict[int, bytes]:
-    """The pages of a block of bytes that are not all zero, the last one filled up with zeros."""
-    rest = -len(block) % PAGE
-    if rest:
-        block += bytes(rest)
-    words = np.frombuffer(block, np.uint64).reshape(-1, PAGE // 8)
-    return {first + at: block[at * PAGE : (at + 1) * PAGE] for at in np.flatnonzero(words.any(axis=1)).tolist()}
 
 
 def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from silofs import diffs, images, raw_out, stream_in, stream_out, verbs
+from silofs import diffs, images, packing, raw_out, stream_in, stream_out, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
 from silofs.layers.policies import drain
@@ -102,7 +102,7 @@ def _receive(store: Store, args: Fields, view: View, fd: int, progress: Progress
     target = store.write(lambda txn: stream_in.begin(txn, args, decoder.head, view))
     total = images.image_size(fd)
     stored = stream_in.store_frames(
-        store, target, decoder, progress=progress, total=total, batch_bytes=images.BATCH_BYTES
+        store, target, decoder, progress=progress, total=total, batch_bytes=packing.BATCH_BYTES
     )
     fields = store.write(lambda txn: stream_in.publish(txn, target, view))
     return {**fields, **stored.fields(), "snapshot": decoder.head.snapshot}

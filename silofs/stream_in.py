@@ -22,7 +22,7 @@ from silofs import failpoints, stream
 from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, PAGE, pages_for
 from silofs.errors import BadStream, Busy, Exists, NoSuchSnapshot, NoSuchVolume, TryAgain, UserError
 from silofs.facts import Facts, Fields, View
-from silofs.images import Progress, nonzero_pages, runs
+from silofs.images import Progress
 from silofs.layers import schema
 from silofs.layers.catalog import Volume
 from silofs.layers.reader import ReadTxn
@@ -267,6 +267,23 @@ def _parts(reader: ReadTxn, layer: int, first: int, count: int) -> Iterator[tupl
         for begin, until in pairwise(edges):
             yield page + begin, page + until, bool(holes[begin])
         page = stop
+
+
+def runs(pages: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the runs in a sorted list."""
+    at = 0
+    while at < len(pages):
+        end = at + 1
+        while end < len(pages) and pages[end] == pages[end - 1] + 1:
+            end += 1
+        yield pages[at], end - at
+        at = end
+
+
+def nonzero_pages(data: bytes, first: int) -> dict[int, bytes]:
+    """Those of some pages that are not all zero."""
+    words = np.frombuffer(data, np.uint64).reshape(-1, PAGE // 8)
+    return {first + at: data[at * PAGE : (at + 1) * PAGE] for at in np.flatnonzero(words.any(axis=1)).tolist()}
 
 
 class _Batch:

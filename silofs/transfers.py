@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from silofs import diffs, failpoints, images, raw_out, stream_in, stream_out, verbs
+from silofs import diffs, failpoints, images, packing, raw_out, stream_in, stream_out, verbs
 from silofs.control import Call
 from silofs.engine.volume import VolumeState
 from silofs.errors import UserError
@@ -78,7 +78,7 @@ class Transfers:
 
         def work(progress: images.Progress, cancelled: images.Cancelled) -> None:
             nonlocal loaded
-            batch = images.SHARED_BATCH_BYTES
+            batch = packing.SHARED_BATCH_BYTES
             loaded = images.load(store, fd, wanted, progress=progress, cancelled=cancelled, batch_bytes=batch)
 
         await self._reap()
@@ -133,7 +133,7 @@ class Transfers:
 
         def read_frames(progress: images.Progress, cancelled: images.Cancelled) -> stream_in.Stored:
             source.cancelled = cancelled
-            batch, total = images.SHARED_BATCH_BYTES, images.image_size(fd)
+            batch, total = packing.SHARED_BATCH_BYTES, images.image_size(fd)
             return stream_in.store_frames(store, target, decoder, progress=progress, total=total, batch_bytes=batch)
 
         stored = await in_thread(call, read_frames)

@@ -20,7 +20,18 @@ from silofs.errors import Damaged
 from silofs.layers.pending import ZERO as PENDING_ZERO
 from silofs.layers.pending import Buffer, Patch
 from silofs.layers.reader import ReadTxn
-from silofs.layers.schema import DATA, KIND_MASK, LONE, LOST, OBJECT_SHIFT, SLOT_STEP, ZERO, Refs
+from silofs.layers.schema import (
+    DATA,
+    KIND_MASK,
+    LOST,
+    OBJECT_SHIFT,
+    PACKED,
+    REMOTE,
+    SLOT_STEP,
+    STORED,
+    ZERO,
+    Refs,
+)
 from silofs.limits import RESOLVED_LEAVES
 
 ZEROS = memoryview(bytes(LEAF_BYTES))
@@ -168,7 +179,11 @@ class Gatherer:
             if ref <= ZERO:
                 parts.append(ZEROS[: (end - at) << PAGE_SHIFT])
                 continue
-            run = self.warm.run(ref, end - at) if ref & KIND_MASK == DATA else None
+            run: Buffer | None = None
+            if ref & KIND_MASK == DATA:
+                run = self.warm.run(ref, end - at)
+            elif ref & KIND_MASK == PACKED:
+                run = self.warm.packed_run(ref, end - at)
             if run is not None:
                 parts.append(run)
                 continue
@@ -217,7 +232,7 @@ class Gatherer:
         kind = ref & KIND_MASK
         if ref <= ZERO:
             return ZERO_PAGE
-        if kind in (DATA, LONE):
+        if kind in STORED:
             data: Buffer | None = self.warm.page(ref)
             if data is None and wanted is not None:
                 data = wanted.got.get(ref)
@@ -245,7 +260,7 @@ class Gatherer:
         if leaf is None:
             return None
         ref = leaf.item(page & LEAF_MASK)
-        if ref & KIND_MASK <= LONE or ref & KIND_MASK == LOST:
+        if ref & KIND_MASK != REMOTE:
             return b""
         stored = self._stored_page(volume, page, wanted)
         return None if stored is None else bytes(stored)

@@ -19,7 +19,7 @@ from silofs.engine.volume import KEY_SHIFT, Gate, VolumeState
 from silofs.errors import Damaged, FetchTimeout, NoSuchVolume, NotOwner, ObjectMissing, PeerError, StoreBroken
 from silofs.layers.pending import Buffer
 from silofs.layers.reader import ReadTxn
-from silofs.layers.schema import DATA, KIND_MASK, LONE, Refs
+from silofs.layers.schema import KIND_MASK, STORED, Refs
 from silofs.layers.store import Store
 from silofs.limits import CEDED_READ_WAIT_S, FETCH_DEADLINE_S
 
@@ -297,7 +297,7 @@ class _Job:
             base = number << LEAF_SHIFT
             for page in range(max(base, wanted.first), min(base + LEAF_PAGES, wanted.end)):
                 ref = leaf.item(page - base)
-                if ref & KIND_MASK in (DATA, LONE):
+                if ref & KIND_MASK in STORED:
                     self._guess(txn, page, ref)
 
     def _guess(self, txn: ReadTxn, page: int, ref: int) -> None:

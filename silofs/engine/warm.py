@@ -16,12 +16,14 @@ from xxhash import xxh3_64_intdigest
 
 from silofs.cache.lru import LRU
 from silofs.errors import Damaged, ObjectMissing
+from silofs.layers.containers import BLOCK_MASK, BLOCK_PAGES, cut
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import (
     DATA,
     HEADER_BYTES,
     KIND_MASK,
     OBJECT_SHIFT,
+    PACKED,
     SLOT_MASK,
     SLOT_SHIFT,
     SUMS,
@@ -54,7 +56,9 @@ class Warm:
             self.objects.clear()
 
     def page(self, ref: int) -> memoryview | None:
-        """A DATA or LONE page's bytes, verified; None when a thread should get it."""
+        """A DATA, LONE or PACKED page's bytes, verified; None when a thread should get it."""
+        if ref & KIND_MASK == PACKED:
+            return self._packed(ref, 1)
         object_id = ref >> OBJECT_SHIFT
         view = self.young.get(object_id)
         if view is None:
@@ -89,6 +93,25 @@ class Warm:
             seed += 1
         return view[start:at]
 
+    def packed_run(self, ref: int, count: int) -> memoryview | bytes | None:
+        """The bytes of `count` consecutive slots of a container; None when a thread should get them."""
+        parts: list[memoryview] = []
+        while count:
+            some = min(count, BLOCK_PAGES - (ref >> SLOT_SHIFT & BLOCK_MASK))
+            part = self._packed(ref, some)
+            if part is None:
+                return None
+            parts.append(part)
+            ref += some << SLOT_SHIFT
+            count -= some
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _packed(self, ref: int, count: int) -> memoryview | None:
+        """Pages of one block, if it is unpacked already; else it is a thread's work."""
+        container_id, slot = ref >> OBJECT_SHIFT, ref >> SLOT_SHIFT & SLOT_MASK
+        unpacked = self._txn.unpacked.get(container_id, slot)
+        return None if unpacked is None else cut(container_id, slot, count, unpacked)
+
     def _view(self, ref: int) -> memoryview | None:
         """The object's view if a look-up need not wait for the disk."""
         object_id = ref >> OBJECT_SHIFT
@@ -109,7 +132,7 @@ class Warm:
     def touched(self, ref: int) -> None:
         """A thread has just read this page: from now on it may be read inline."""
         object_id = ref >> OBJECT_SHIFT
-        if object_id in self.objects:
+        if object_id in self.objects or ref & KIND_MASK == PACKED:
             return
         if ref & KIND_MASK == DATA:
             try:

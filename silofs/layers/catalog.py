@@ -57,7 +57,7 @@ class Layer(Record, frozen=True, array_like=True):
     sealed: bool = False
     leaves: int = 0  # leaf records
     chunks: bytes = b""  # u32 of every presence chunk: 0, or the short checksum of its record; no trailing zeros
-    own_pages: int = 0  # entries DATA or LONE: pages stored for this layer
+    own_pages: int = 0  # entries DATA, LONE or PACKED: pages that this layer has here
     remote_pages: int = 0  # entries REMOTE: still at a peer
     lost_pages: int = 0  # entries LOST
     mapped: int = 0  # pages from 0 whose state is known; less than the size spans only while a map is being received

@@ -22,9 +22,9 @@ from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
 from silofs.layers.catalog import Layer
 from silofs.layers.environment import Environment
-from silofs.layers.objects import ObjectChanges
 from silofs.layers.schema import CHUNK_LEAVES, CHUNK_SHIFT, Refs
 from silofs.layers.usage import Usage
+from silofs.layers.uses import ContainerChanges
 from silofs.layers.warm import Entry, WarmLeaves
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ Numbers = npt.NDArray[np.int64]
 _IN_LEAF: Numbers = np.arange(LEAF_PAGES)
 
 
-class Changes(ObjectChanges):
+class Changes(ContainerChanges):
     """Layers and their leaves; what the writer keeps of them between transactions."""
 
     def __init__(
@@ -199,7 +199,7 @@ class Changes(ObjectChanges):
         before = np.bincount(schema.kinds(old).astype(np.intp), minlength=8)
         after = np.bincount(schema.kinds(new).astype(np.intp), minlength=8)
         change = (after - before).tolist()
-        own = change[schema.DATA] + change[schema.LONE]
+        own = sum(change[kind] for kind in schema.STORED)
         if own or change[schema.REMOTE] or change[schema.LOST]:
             layer = self.layer(layer_id)
             self.change_layer(
@@ -208,6 +208,11 @@ class Changes(ObjectChanges):
                 remote_pages=layer.remote_pages + change[schema.REMOTE],
                 lost_pages=layer.lost_pages + change[schema.LOST],
             )
+        # First what is needed now: a container must not seem to be of no use in between.
+        if after[schema.PACKED]:
+            self.refer(layer_id, pages, new, 1)
+        if before[schema.PACKED]:
+            self.refer(layer_id, pages, old, -1)
         if before[schema.DATA] or before[schema.LONE]:
             self.release(old)
 

@@ -20,6 +20,7 @@ from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
 from silofs.layers.catalog import Layer, Ownership, Pin, R, Snapshot, State, Value, Volume
 from silofs.layers.catalog_reader import verify_catalog
+from silofs.layers.check_containers import ContainerChecker
 from silofs.layers.objects import read_live
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import CHUNK_SHIFT, LIVE_OBJECTS, LIVE_SHIFT, Refs, Table
@@ -70,14 +71,15 @@ class _Checker:
         self._live: Masks = {}
         self._seen: Masks = {}
         self._lone: set[int] = set()
+        self._containers = ContainerChecker(txn, self._report)
 
     def run(self, read_data: bool) -> None:
         steps: list[Callable[[], None]] = [
             self._counts, self._catalog, self._tree, self._live_records, self._leaf_records, self._objects,
-            self._data_pages,
+            self._containers.check, self._data_pages,
         ]  # fmt: skip
         if read_data:
-            steps.append(self._data)
+            steps += [self._data, self._containers.read]
         for number, step in enumerate(steps):
             if self._progress is not None:
                 self._progress(number, len(steps))
@@ -243,7 +245,7 @@ class _Checker:
             kinds = counted.get(layer.id, np.zeros(16, np.int64)).tolist()
             for what, found, recorded in (
                 ("leaves", numbers[layer.id], layer.leaves),
-                ("own pages", kinds[schema.DATA] + kinds[schema.LONE], layer.own_pages),
+                ("own pages", sum(kinds[kind] for kind in schema.STORED), layer.own_pages),
                 ("remote pages", kinds[schema.REMOTE], layer.remote_pages),
                 ("lost pages", kinds[schema.LOST], layer.lost_pages),
             ):
@@ -285,12 +287,13 @@ class _Checker:
         first = leaf << LEAF_SHIFT
         kinds = schema.kinds(refs)
         beyond = refs[max(0, min(LEAF_PAGES, pages_for(layer.size) - first)) :]
-        if beyond.any() or (kinds > schema.LOST).any():
+        if beyond.any() or (kinds > schema.PACKED).any():
             message = f"leaf {leaf} of layer {layer.id} has entries that cannot be"
             self._report("leaf", message, layer=layer.id, page=first)
         for at in np.flatnonzero(kinds == schema.REMOTE).tolist():
             if schema.object_of(int(refs[at])) != layer.id:
                 self._report("remote", f"page {first + at} is remote in another layer", layer=layer.id, page=first + at)
+        self._containers.count(layer.id, leaf, refs)
         stored = np.flatnonzero((kinds == schema.DATA) | (kinds == schema.LONE))
         by_object: dict[int, list[tuple[int, int]]] = {}
         for at, reference in zip(stored.tolist(), refs[stored].tolist(), strict=True):

@@ -19,7 +19,8 @@ from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
 from silofs.layers.held import Held
 from silofs.layers.schema import ENGINE_MAJOR, FORMAT_VERSION, TABLES, Table
-from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS
+from silofs.layers.unpacked import UnpackedBlocks
+from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, UNPACKED_BLOCKS
 
 DATA_FILE: Final = "data.mdb"
 
@@ -45,6 +46,7 @@ class Environment:
         self.path = path
         self.data_file = path / DATA_FILE
         self.held = held or Held(self.data_file)
+        self.unpacked = UnpackedBlocks(UNPACKED_BLOCKS)
         self.map_bytes = map_bytes or _map_bytes(path)
         try:
             self.lmdb = lmdb.Environment(

@@ -1,9 +1,9 @@
 """The codec of leaves: 512 page references to bytes and back. Pure.
 
 Two encodings. RUNS is for what is uniform, sparse or written in order: (start, count, reference) for every run of
-pages; references to slots of an object step by one slot inside a run, all others repeat; holes are left out. DENSE is
-512 references of 7 bytes. A leaf is dense when its runs would no longer fit beside others in an LMDB page; then it
-takes exactly one overflow page.
+pages; references to slots of an object or a container step by one slot inside a run, all others repeat; holes are left
+out. DENSE is 512 references of 7 bytes. A leaf is dense when its runs would no longer fit beside others in an LMDB
+page; then it takes exactly one overflow page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from silofs.blocks import LEAF_PAGES
 from silofs.errors import Damaged
-from silofs.layers.schema import DATA, HOLE, KIND_MASK, LOST, REF_BYTES, SLOT_STEP, Refs
+from silofs.layers.schema import HOLE, LOST, PACKED, REF_BYTES, SLOT_STEP, Refs, kinds, stepping
 
 RUNS: Final = 1
 DENSE: Final = 2
@@ -26,8 +26,6 @@ _RUN_BYTES: Final = 4 + REF_BYTES
 _DENSE_BYTES: Final = 1 + LEAF_PAGES * REF_BYTES
 _STEP: Final = np.uint64(SLOT_STEP)
 _STEPS: Final[Refs] = np.arange(LEAF_PAGES).astype(np.uint64) * _STEP
-_KIND: Final = np.uint64(KIND_MASK)
-_DATA: Final = np.uint64(DATA)
 
 
 def _uniform(ref: int) -> Refs:
@@ -51,7 +49,7 @@ def encode_many(matrix: Refs) -> list[bytes]:
     rows = len(matrix)
     first = np.empty((rows, LEAF_PAGES), bool)
     first[:, 0] = True
-    expected = matrix[:, :-1] + np.where((matrix[:, :-1] & _KIND) == _DATA, _STEP, np.uint64(0))
+    expected = matrix[:, :-1] + np.where(stepping(matrix[:, :-1]), _STEP, np.uint64(0))
     np.not_equal(matrix[:, 1:], expected, out=first[:, 1:])
     runs = np.count_nonzero(first & (matrix != 0), axis=1)
     dense = runs > RUNS_MAX
@@ -101,12 +99,13 @@ def decode(payload: memoryview) -> Refs:
         or (first[1:] < end[:-1]).any()
         or (end > LEAF_PAGES).any()
         or (values == HOLE).any()
-        or ((values & _KIND) > LOST).any()
+        or (kinds(values) > PACKED).any()
     ):
         raise Damaged("a leaf has runs that are no runs")
     refs = HOLES.copy()
     refs[first] = values
+    steps = stepping(values)
     for index in np.flatnonzero(runs["pages"] > 1).tolist():
         start, stop, value = first[index], end[index], values[index]
-        refs[start:stop] = value + _STEPS[: stop - start] if value & _KIND == DATA else value
+        refs[start:stop] = value + _STEPS[: stop - start] if steps[index] else value
     return refs

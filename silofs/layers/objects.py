@@ -103,7 +103,7 @@ class ObjectChanges(Puts):
             self._released.append(packed)
             self._released_count += len(packed)
             if self._released_count > RELEASED_MAX:
-                self.settle()
+                ObjectChanges.settle(self)  # not what others keep back: they may be half way through a change
 
     def settle(self) -> None:
         """Bring the live bitmaps up to date; remove objects of which nothing is live."""

@@ -17,11 +17,14 @@ import numpy.typing as npt
 from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, ZERO_PAGE
 from silofs.errors import Damaged, ObjectMissing
 from silofs.extents import Extents
-from silofs.layers import leaves, presence, schema
+from silofs.layers import containers, leaves, presence, schema
 from silofs.layers.catalog import Layer, Pin, layer_key
 from silofs.layers.catalog_reader import CatalogReader
+from silofs.layers.containers import read_places
 from silofs.layers.digest import Segment, leaf_digest
 from silofs.layers.schema import CHUNK_LEAVES, CHUNK_SHIFT, Refs
+from silofs.layers.unpacked import UnpackedBlocks
+from silofs.layers.use_records import Use, read_use
 
 log = logging.getLogger(__name__)
 
@@ -203,9 +206,65 @@ class ReadTxn(CatalogReader):
             if value is None or name is None:
                 raise ObjectMissing(f"lone page {object_id} is missing")
             return schema.lone_page(key, object_id, value, name)
+        if kind == schema.PACKED:
+            return self.packed(ref)
         if kind == schema.LOST:
             raise Damaged("the page was damaged and is lost until it is overwritten")
         raise AssertionError(f"reference {ref:#x} has no page here")
+
+    def packed(self, ref: int, count: int = 1) -> memoryview:
+        """Consecutive pages of one block, verified. The block is unpacked once and kept for the pages around them."""
+        container_id, slot = ref >> schema.OBJECT_SHIFT, schema.slot_of(ref)
+        unpacked = self._environment.unpacked.get(container_id, slot)
+        if unpacked is None:
+            value = self.container(container_id)
+            number = slot >> containers.BLOCK_SHIFT
+            found = containers.entry(container_id, number, value)
+            if found.codec == containers.RAW:
+                return containers.raw_pages(container_id, slot, count, found, value)
+            unpacked = found.pages, containers.plain_pages(container_id, number, found, value)
+            self._environment.unpacked.put(container_id, slot, unpacked)
+        return containers.cut(container_id, slot, count, unpacked)
+
+    @property
+    def unpacked(self) -> UnpackedBlocks:
+        """The blocks that `packed` keeps, those of other transactions as well."""
+        return self._environment.unpacked
+
+    def container(self, container_id: int) -> memoryview:
+        """A container's whole value, not verified. ObjectMissing."""
+        value = self.fetch(schema.CONTAINER, schema.KEY.pack(container_id))
+        if value is None:
+            raise ObjectMissing(f"container {container_id} is missing")
+        return value
+
+    def use(self, container_id: int) -> Use:
+        """Who refers to a container. Damaged."""
+        key = schema.KEY.pack(container_id)
+        return read_use(key, self.fetch(schema.USE, key))
+
+    def look_up(self, digest: bytes, pages: int) -> list[tuple[int, int, int]] | None:
+        """(container, block in it, mask) of the pieces of a block that is stored here already, and may be referred to.
+
+        The index is advice: only what a sound header confirms counts. None when there is no such block.
+        """
+        value = self.fetch(schema.BLOCK, digest)
+        if value is None:
+            return None
+        found, seen = [], 0
+        try:
+            for container_id, number in read_places(digest, value):
+                part = containers.entry(container_id, number, self.container(container_id))
+                if part.hash != digest:
+                    raise Damaged(f"block {number} of container {container_id} is another than the index says")
+                if not self.use(container_id).offered(number):
+                    return None
+                found.append((container_id, number, part.pages))
+                seen |= part.pages
+        except (Damaged, ObjectMissing) as error:
+            log.error("%s", error)
+            return None
+        return found if seen == pages else None
 
     def object(self, object_id: int) -> memoryview:
         """An object's whole value, not verified: schema.object_page does that for a page. ObjectMissing."""
@@ -227,6 +286,12 @@ class ReadTxn(CatalogReader):
                 while end < count and values[end] == values[end - 1] + schema.SLOT_STEP:
                     end += 1
                 buffers.append(self._slots(value, end - at))
+            elif kind == schema.PACKED:
+                while end < count and values[end] == values[end - 1] + schema.SLOT_STEP and containers.same_block(
+                    value, values[end]
+                ):
+                    end += 1
+                buffers.append(self.packed(value, end - at))
             elif kind <= schema.ZERO:
                 while end < count and end - at < 64 and values[end] <= schema.ZERO:
                     end += 1
@@ -266,9 +331,10 @@ class ReadTxn(CatalogReader):
         if not refs.any():
             return None
         kinds = schema.kinds(refs)
-        if (kinds > schema.LONE).any():
+        here = schema.stored(refs)
+        if (~here & (kinds > schema.ZERO)).any():
             raise Damaged(f"leaf {leaf} of layer {layer_id} has pages that are not here")
-        return leaf_digest(leaf, np.minimum(kinds, schema.DATA), self.views(refs[kinds >= schema.DATA]))
+        return leaf_digest(leaf, np.minimum(kinds, schema.DATA), self.views(refs[here]))
 
     def pins(self, layer_id: int) -> list[Pin]:
         return [pin for _, pin in self._scan_records(schema.PIN, Pin, layer_key(layer_id))]

@@ -66,10 +66,14 @@ OUTBOX: Final = Table("outbox", 18, counted=True)
 HOST: Final = Table("host", 19, counted=True)
 LEAF_SUM: Final = Table("leaf_sum", 20, key_bytes=16)
 REQUEST: Final = Table("request", 21, counted=True, key_bytes=8, since=2)
+CONTAINER: Final = Table("container", 22, key_bytes=8, since=2)
+USE: Final = Table("use", 23, key_bytes=8, since=2)
+USER: Final = Table("user", 24, key_bytes=24, since=2)
+BLOCK: Final = Table("block", 25, key_bytes=32, since=2)
 
 TABLES: Final = (
     META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
-    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST,
+    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST, CONTAINER, USE, USER, BLOCK,
 )  # fmt: skip
 VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
 
@@ -85,6 +89,9 @@ DATA: Final = 2  # slot of an object
 LONE: Final = 3  # a page with a record of its own
 REMOTE: Final = 4  # still at a peer; the object field is the id of the layer that the page belongs to
 LOST: Final = 5  # damaged and given up: an error until it is overwritten
+PACKED: Final = 6  # slot of a container: 16 times the block's number in it, plus the page's in the block
+
+STORED: Final = (DATA, LONE, PACKED)  # the kinds whose bytes are here
 
 KIND_MASK: Final = 15
 SLOT_SHIFT: Final = 4
@@ -115,6 +122,18 @@ def object_of(reference: int) -> int:
 def kinds(refs: Refs) -> Refs:
     """The kind of every reference of an array."""
     return refs & np.uint64(KIND_MASK)
+
+
+def stepping(refs: Refs) -> npt.NDArray[np.bool_]:
+    """Which references go up by one slot a page in a run: DATA and PACKED, which differ in one bit."""
+    found: npt.NDArray[np.bool_] = refs & np.uint64(KIND_MASK ^ DATA ^ PACKED) == DATA
+    return found
+
+
+def stored(refs: Refs) -> npt.NDArray[np.bool_]:
+    """Which references are to bytes that are here."""
+    found: npt.NDArray[np.bool_] = stepping(refs) | (kinds(refs) == LONE)
+    return found
 
 
 def count_data(refs: Refs) -> int:

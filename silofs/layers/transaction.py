@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from silofs.layers.incoming import IncomingChanges
+from silofs.layers.pack import PackChanges
 
 
 class RunAgain(Exception):
     """Raised by a function that has learnt what to leave out: this transaction is undone, and it runs in a new one."""
 
 
-class WriteTxn(IncomingChanges):
+class WriteTxn(PackChanges):
     """Given to functions that `Store.submit` runs; gone when they return."""

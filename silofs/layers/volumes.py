@@ -173,7 +173,7 @@ class VolumeChanges(Changes):
         kind = schema.kind_of(reference)
         if kind == schema.REMOTE:
             raise Busy(f"page {page} of volume '{writer.volume.name}' is still remote")
-        if kind not in (schema.DATA, schema.LONE):
+        if kind not in schema.STORED:
             return
         try:
             data = bytes(self.page(reference)[:kept])

@@ -33,7 +33,6 @@ from silofs.migrate.messages import (
 MAP_LEAVES_MAX = 8192  # leaves that one part of a map looks at (16 GiB of volume), so that no part takes long
 _KINDS = {
     schema.DATA: PageKind.DATA,
-    schema.LONE: PageKind.DATA,
     schema.ZERO: PageKind.ZERO,
     schema.LOST: PageKind.LOST,
 }
@@ -141,7 +140,7 @@ def map_part(reader: ReadTxn, segment: Segment, first: int, *, runs_max: int = R
 
 def _leaf_runs(refs: schema.Refs, *, bottom: bool) -> Iterator[tuple[int, int, PageKind]]:
     kinds = (refs & np.uint64(schema.KIND_MASK)).astype(np.uint8)
-    kinds[kinds == schema.LONE] = schema.DATA
+    kinds[schema.stored(refs)] = schema.DATA
     if bottom:  # nothing is below: zero and hole read the same
         kinds[kinds == schema.ZERO] = schema.HOLE
     if (kinds == schema.REMOTE).any():

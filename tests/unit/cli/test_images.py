@@ -11,13 +11,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from silofs import images, raw_out
+from silofs import images, packing, raw_out
 from silofs.cli.client import connect
 from silofs.errors import Interrupted
+from silofs.layers.pack import Packed
 from silofs.layers.store import Store
+from silofs.layers.transaction import WriteTxn
 from tests.unit.cli.commands import PAGE, Done, Silofs, daemon, image
 
 SIZE = 16 << 20
@@ -268,15 +271,15 @@ def test_an_import_that_fails_half_way(silofs: Silofs, tmp_path: Path, monkeypat
     assert defaults is not None
     monkeypatch.setitem(defaults, "batch_bytes", 1 << 20)
     monkeypatch.setattr(images, "READ_BYTES", 1 << 19)
-    sound, calls = images._put, []
+    sound, calls = WriteTxn.put_blocks, []
 
-    def put(*args: object) -> int:
+    def put(*args: Any) -> Packed:
         calls.append(args)
         if len(calls) == 4:
             raise OSError(28, "No space left on device")
-        return sound(*args)  # type: ignore[arg-type]
+        return sound(*args)
 
-    monkeypatch.setattr(images, "_put", put)
+    monkeypatch.setattr(WriteTxn, "put_blocks", put)
     done = silofs("import", source, "vm1", "--json")
     assert (done.code, done.json["code"]) == (1, "store_full")
     nothing_left(silofs)
@@ -292,16 +295,16 @@ def test_an_import_that_is_stopped(silofs: Silofs, tmp_path: Path) -> None:
 
 def test_an_import_whose_command_goes_away(silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = image(tmp_path / "i", SIZE, *range(0, 4096, 3))
-    monkeypatch.setattr(images, "SHARED_BATCH_BYTES", 1 << 18)
+    monkeypatch.setattr(packing, "SHARED_BATCH_BYTES", 1 << 18)
     monkeypatch.setattr(images, "READ_BYTES", 1 << 18)
-    sound, begun = images._put, threading.Event()
+    sound, begun = WriteTxn.put_blocks, threading.Event()
 
-    def put(*args: object) -> int:
+    def put(*args: Any) -> Packed:
         begun.set()
         time.sleep(0.02)
-        return sound(*args)  # type: ignore[arg-type]
+        return sound(*args)
 
-    monkeypatch.setattr(images, "_put", put)
+    monkeypatch.setattr(WriteTxn, "put_blocks", put)
     with daemon(silofs.store):
         sock = connect(silofs.store)
         assert sock is not None

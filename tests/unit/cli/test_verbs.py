@@ -182,15 +182,15 @@ def test_check(either: Silofs, tmp_path: Path) -> None:
 
 
 def test_check_finds_damage(silofs: Silofs, tmp_path: Path) -> None:
-    silofs.ok("import", image(tmp_path / "i", 4 << 20, *range(40)), "vm1")
+    silofs.ok("import", image(tmp_path / "i", 4 << 20, *range(0, 640, 16)), "vm1")
     data = silofs.store / "data" / "data.mdb"
     content = data.read_bytes()
-    at = content.index(bytes([8]) * 4096)
+    at = content.index(bytes([113]) * 4096)
     data.write_bytes(content[:at] + b"!" + content[at + 1 :])
     done = silofs("check", "--read-data", "--json")
     assert done.code == 4
     (finding,) = done.json["findings"]
-    assert (finding["volume"], finding["page"]) == ("vm1", 7)
+    assert (finding["volume"], finding["page"]) == ("vm1", 112)
     assert silofs("check", "--read-data").out == finding["message"] + "\n"
     assert silofs.fails(4, "export", "vm1", tmp_path / "o")["code"] == "damaged"
     assert not (tmp_path / "o").exists()
