@@ -15,6 +15,7 @@ from msgspec import structs
 from silofs.blocks import LEAF_BYTES, PAGE
 from silofs.engine.background import Background
 from silofs.engine.commits import Also, Commits
+from silofs.engine.copies import Copies
 from silofs.engine.gather import ZEROS
 from silofs.engine.ranges import Ranges
 from silofs.engine.reads import Reads
@@ -61,6 +62,7 @@ class Engine:
         self.background = Background(store, self.commits, self._quiet)
         self.writes = Writes(log, self.reads, self.commits)
         self.ranges = Ranges(self.reads, self.writes, self.commits)
+        self.copies = Copies(self.reads, self.writes, self.commits)
         self._volumes: dict[bytes, VolumeState] = {}
         self._layers: dict[int, VolumeState] = {}
         self._keys = 0
@@ -179,6 +181,12 @@ class Engine:
     async def allocate(self, volume: VolumeState, offset: int, length: int, *, zero: bool, extend: bool) -> None:
         """See Ranges.allocate."""
         await self.ranges.allocate(volume, offset, length, zero=zero, extend=extend)
+
+    async def copy_range(
+        self, source: VolumeState, offset: int, target: VolumeState, to_offset: int, length: int
+    ) -> int:
+        """See Copies.copy_range."""
+        return await self.copies.copy_range(source, offset, target, to_offset, length)
 
     async def seek(self, volume: VolumeState, offset: int, *, data: bool) -> int | None:
         """See Ranges.seek."""

@@ -183,6 +183,11 @@ def _lowest(pages: int, count: int) -> int:
     return low
 
 
+def worth(pieces: Sequence[Piece]) -> bool:
+    """Whether a container takes less than its pages would on their own, or nearly; else they stay on their own."""
+    return sum(len(piece.plain) for piece in pieces) >= ROOM * 3 // 4
+
+
 def container(container_id: int, pieces: Sequence[Piece]) -> bytes:
     """A container's value. Pieces as they are lie first, 4 KiB aligned in the file; slots go by the given order."""
     value = bytearray(OBJECT_BYTES)

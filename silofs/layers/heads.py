@@ -54,6 +54,10 @@ class HeadWriter:
             refs[at] = self._txn.store_pages(self._head, numbers[at].tolist(), kept)
         self._put(numbers, refs)
 
+    def refer(self, numbers: Numbers, refs: Refs) -> None:
+        """Pages with ascending numbers become ZERO, or what the references are to, which may be given away."""
+        self._put(numbers, refs)
+
     def _put(self, numbers: Numbers, refs: Refs) -> None:
         """New references for pages with ascending numbers. ZERO becomes HOLE where nothing lies below."""
         of_leaf = numbers >> LEAF_SHIFT

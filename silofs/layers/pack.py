@@ -15,7 +15,7 @@ import numpy as np
 from silofs.blocks import LEAF_MASK, LEAF_SHIFT, PAGE, PAGE_SHIFT, pages_for
 from silofs.errors import Busy
 from silofs.layers import containers, leaves, schema
-from silofs.layers.containers import BLOCK_PAGES, ROOM, Block, Piece
+from silofs.layers.containers import BLOCK_PAGES, Block
 from silofs.layers.incoming import IncomingChanges
 from silofs.layers.schema import Buffer, Refs
 from silofs.layers.uses import piece_refs
@@ -123,7 +123,7 @@ class PackChanges(IncomingChanges):
         refs: list[Refs] = [np.zeros(BLOCK_PAGES, np.uint64) for _ in blocks]
         places: list[list[tuple[int, int]]] = [[] for _ in blocks]
         for pieces in containers.place(blocks):
-            if not _worth(pieces):
+            if not containers.worth(pieces):
                 continue
             container_id = self.store_container(pieces)
             for number, piece in enumerate(pieces):
@@ -153,11 +153,6 @@ class PackChanges(IncomingChanges):
             assert row is not None
             row[at] = ref
         return len(pages)
-
-
-def _worth(pieces: Sequence[Piece]) -> bool:
-    """Whether a container takes less than its pages would on their own, or nearly; else they stay on their own."""
-    return sum(len(piece.plain) for piece in pieces) >= ROOM * 3 // 4
 
 
 def _only(block: Block, mask: int) -> Block | None:

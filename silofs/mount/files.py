@@ -190,7 +190,7 @@ class Files(Guarded):
             case raw.Seek():
                 return await self._seek(request)
             case raw.Copy():
-                raise Unsupported("pages are not shared yet")  # the kernel copies
+                return await self._copy(request)
             case raw.GetLock(lock):
                 return self._locks_of(lock).test(lock)
             case raw.SetLock(lock, wait):
@@ -223,6 +223,21 @@ class Files(Guarded):
             await self._engine.allocate(state, request.offset, request.length, zero=zero, extend=extend)
         else:
             raise Unsupported(f"fallocate(2) with mode {mode:#x}")
+
+    async def _copy(self, request: raw.Copy) -> bytes:
+        """EOPNOTSUPP: the kernel copies."""
+        source, target = self._file(request.fh), self._file(request.to_fh)
+        if not target.writable:
+            raise FUSEError(errno.EBADF)
+        length = min(request.length, SIZE_MAX - request.to_offset)
+        if length <= 0:
+            raise FUSEError(errno.EFBIG)
+        if request.to_offset + length > target.state.size:
+            await self._volumes.before_change("resize", target.state.name)
+        done = await self._engine.copy_range(
+            source.state, request.offset, target.state, request.to_offset, length
+        )
+        return raw.copied(done)
 
     async def _seek(self, request: raw.Seek) -> bytes:
         if request.whence not in (os.SEEK_DATA, os.SEEK_HOLE):
