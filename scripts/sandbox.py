@@ -31,8 +31,22 @@ class Host:
         self.listen = listen
         self.mountpoint.mkdir(parents=True)
 
+    def disk(self, mib: int) -> None:
+        """Put the store on an ext4 file system of so many MiB of its own. Needs root, and comes before the store."""
+        image = self.store.parent / "disk"
+        with image.open("wb") as file:
+            file.truncate(mib << 20)
+        self.store.mkdir()
+        run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)])
+        run(["mount", "-o", "loop", str(image), str(self.store)])
+        (self.store / "lost+found").rmdir()
+
     def image(self, volume: str) -> Path:
         return self.mountpoint / f"{volume}.img"
+
+    def snapshot(self, name: str) -> Path:
+        """The file of a snapshot, "volume@name"."""
+        return self.mountpoint / ".snapshots" / f"{name}.img"
 
     def silofs(self, *arguments: str) -> str:
         """Run one verb on this store; returns its stdout."""
@@ -92,7 +106,10 @@ class Sandbox:
                 umount = ["umount", "--lazy", str(host.mountpoint)]
                 subprocess.run([BIN / "silofs", *umount], env=environment(host.store), check=False)
                 subprocess.run(umount, check=False, stderr=subprocess.DEVNULL)
-        if not any(os.path.ismount(host.mountpoint) for host in self.hosts):
+        for host in self.hosts:
+            if os.path.ismount(host.store):
+                subprocess.run(["umount", "--lazy", str(host.store)], check=False)
+        if not any(os.path.ismount(path) for host in self.hosts for path in (host.mountpoint, host.store)):
             shutil.rmtree(self.directory)
 
 

@@ -37,6 +37,7 @@ HEADER = struct.Struct("<8sQQQ")
 MAGIC = b"silo-exr"
 REQUEST_MAX = 1 << 20
 OPEN = 1 << 62  # the acknowledgement counter of a write that has none
+FULL_PAUSE_S = 0.05
 PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, fallocate(2)
 
 
@@ -280,7 +281,9 @@ class Run:
             try:
                 self._operation(rng, number, buffer)
             except OSError as error:
-                if error.errno == errno.ESTALE and self.options.then and used == self.fds[0]:
+                if error.errno == errno.ENOSPC and self.options.patient:
+                    time.sleep(FULL_PAUSE_S)  # it stays in the log as never acknowledged
+                elif error.errno == errno.ESTALE and self.options.then and used == self.fds[0]:
                     self._move()
                 else:
                     expected = error.errno == errno.ESTALE and self.options.until_stale
@@ -421,6 +424,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     runner.add_argument("--writes", type=float, default=0.6, help="fraction of operations that write")
     runner.add_argument("--no-punch", dest="punch", action="store_false")
     runner.add_argument("--until-stale", action="store_true", help="ESTALE is no fault, only the end")
+    runner.add_argument("--patient", action="store_true", help="ENOSPC is no fault: go on with something else")
     runner.add_argument("--then", type=Path, help="where to go on when FILE answers ESTALE: the volume's new home")
     runner.add_argument("--offset", type=int, default=0, help="bytes of the file to leave alone at its start")
     runner.add_argument("--continue", dest="go_on", action="store_true", help="add to LOG, over what it says is there")

@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 import lmdb
 
-from silofs.errors import BadFormat, Damaged, Exists, NoStore, StoreBroken, StoreError, StoreLocked
+from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreBroken, StoreError, StoreLocked
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
@@ -255,7 +255,7 @@ class Store:
                 verify_catalog(txn)
             self._start_writer()  # commits once
             self.write(lambda txn: txn.count(opens=txn.state.opens))
-        except (lmdb.Error, OSError) as error:
+        except (lmdb.Error, OSError, SiloError) as error:
             raise StoreBroken(f"the store cannot be reopened: {error}") from error
 
     def statistics(self) -> dict[str, int]:

@@ -56,7 +56,10 @@ class Writer:
     def submit(self, function: Callable[[WriteTxn], T], *, cost: int = 0) -> Future[T]:
         """`cost`: bytes that the transaction may take, if nobody has claimed them for it."""
         future: Future[T] = Future()
-        self._queue.put((function, future, cost))
+        if self._thread.is_alive():
+            self._queue.put((function, future, cost))
+        else:
+            future.set_exception(self.broken or StoreBroken("the store is closed"))
         return future
 
     def stop(self) -> None:

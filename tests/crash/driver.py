@@ -6,7 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic_ns
 
@@ -208,20 +208,18 @@ class Driver:
 
     def kill_host(self) -> None:
         """Holder and daemon die, and with them the write log; the disk stays. The story goes on from what was kept."""
-        held = [writer.closed() for writer in self.writers.values()]
-        for each in held:
-            each.__enter__()
-        self.mount.kill_host()
-        self.mount.start()
-        moment = monotonic_ns()
-        for name, volume in self.story.volumes.items():
-            picture = self._read(name)
-            found = print_of(picture)
-            assert volume.history.allows(found, volume.history.oldest(moment)), f"{name} lost what was durable"
-            volume.become(picture)
-            volume.synced(volume.newest)
-        for each in held:
-            each.__exit__(None, None, None)
+        with ExitStack() as held:
+            for writer in self.writers.values():
+                held.enter_context(writer.closed())
+            self.mount.kill_host()
+            self.mount.start()
+            moment = monotonic_ns()
+            for name, volume in self.story.volumes.items():
+                picture = self._read(name)
+                found, oldest = print_of(picture), volume.history.oldest(moment)
+                assert volume.history.allows(found, oldest), f"{name} lost what was durable: {found} since {oldest}"
+                volume.become(picture)
+                volume.synced(volume.newest)
 
     def verify(self) -> None:
         """Compare all volumes with the story, through the mount."""

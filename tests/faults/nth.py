@@ -5,8 +5,9 @@
 For each operation, each kind of fault (shim.c) and each N that is chosen: a copy of one store is opened in a child, the
 operation runs into the fault, is tried once more, and the child ends as if the power had been cut: what it had not
 synced is undone. Another child opens what is left. An operation that said that it was done must be there; one that was
-refused, wholly or not at all; everything from before must be as it was, and `check` clean. The last line of stdout is
-JSON: trials, faults that were met by operation, problems.
+refused, wholly or not at all; of one in steps (an engine that serves, serving.py) all that it said was durable;
+everything from before must be as it was, and `check` clean. The last line of stdout is JSON: trials, faults that were
+met by operation, problems.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import lmdb
 
@@ -35,6 +37,7 @@ from silofs.errors import SiloError
 from silofs.layers.check import check
 from silofs.layers.policies import drain
 from silofs.layers.store import Store
+from tests.faults.serving import serve, states
 from tests.harness import ROOT
 from tests.storerig import Rig, page_bytes, read_layer
 
@@ -43,6 +46,7 @@ PAGE: Final = 4096
 MIB: Final = 1 << 20
 SIZE: Final = 3 * MIB
 PROBLEMS_MAX: Final = 8
+HANG_S: Final = 30
 NO_STORE: Final = {"": "no store"}
 
 Digests = dict[str, str]
@@ -53,13 +57,18 @@ Digests = dict[str, str]
 class Operation:
     """`run` works on an open store, or with `path` on that of a closed one; `effect` says what it makes of the digests.
 
-    `base` is the store that its trials start from.
+    `base` is the store that its trials start from. One with `steps` gets the faults themselves, and `steps` tells all
+    states that the store may pass through.
     """
 
-    run: Callable[[Any], object]
+    run: Callable[..., object]
     effect: Callable[[Digests], Digests] = dict
     path: bool = False
     base: str = "base"
+    steps: Callable[[Digests], list[Digests]] | None = None
+
+    def states(self, before: Digests) -> list[Digests]:
+        return self.steps(before) if self.steps is not None else [before, self.effect(before)]
 
 
 def digest(data: bytes) -> str:
@@ -154,6 +163,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "export": Operation(export_image),
     "background": Operation(drain),
     "check": Operation(verb("check", read_data=True)),
+    "serve": Operation(serve, steps=lambda before: [before | {"vm": digest(each)} for each in states(base_content())]),
     "init": Operation(offline.init, lambda _: {}, path=True, base="nothing"),
     "open": Operation(lambda path: offline.open_store(path).close(), path=True),
     "upgrade": Operation(lambda path: offline.open_store(path).close(), path=True, base="v1"),
@@ -239,58 +249,83 @@ def attempt(function: Callable[[], object]) -> str:
     return "done"
 
 
-def operate(faults: Faults, operation: Operation, path: Path, nth: int, kind: str, on: bool) -> dict[str, Any]:
+def operate(faults: Faults, operation: Operation, path: Path, nth: int, kind: str, on: bool) -> Any:
     """In a child: the operation, then once more without a fault if it was refused; then the power goes."""
+    if operation.steps is not None:
+        return step(faults, operation, path, nth, kind, on)
     target = path if operation.path else offline.open_store(path)
     faults.arm(nth, kind, on=on)
     first = attempt(lambda: operation.run(target))
     calls, fired = faults.disarm()
     again = attempt(lambda: operation.run(target)) if first == "refused" else ""
     faults.cut()
-    return {"first": first, "again": again, "calls": calls, "fired": fired}
+    bugs = [said for said in (first, again) if said not in ("done", "refused", "")]
+    return {"reached": int("done" in (first, again)), "calls": calls, "fired": fired, "bugs": bugs}
 
 
-def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a function that runs in a fork of this process and ends there."""
+def step(faults: Faults, operation: Operation, path: Path, nth: int, kind: str, on: bool) -> Any:
+    """The same for one in steps; it ends this process."""
+    counted = (0, 0)
+
+    def disarm() -> None:
+        nonlocal counted
+        counted = faults.disarm()
+
+    def end(reached: int) -> None:
+        faults.cut()
+        finish({"reached": reached, "calls": counted[0], "fired": counted[1], "bugs": []})
+
+    operation.run(path, lambda: faults.arm(nth, kind, on=on), disarm, end)
+
+
+_result = -1  # in a child: where its result goes
+
+
+def finish(result: Any) -> NoReturn:
+    """End this child with a result."""
+    try:
+        left = json.dumps(result).encode()
+        while left:
+            left = left[os.write(_result, left) :]
+    finally:
+        os._exit(0)
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """The result of a function that runs in a fork of this process and ends there; {"error": ...} if it raises."""
+    global _result
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        status = 1
+        _result = writer
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            result = json.dumps(function()).encode()
-            while result:
-                result = result[os.write(writer, result) :]
-            status = 0
+            signal.alarm(HANG_S)  # ends this process
+            result = function()
         except BaseException as error:
-            os.write(writer, json.dumps({"error": "".join(traceback.format_exception(error))}).encode())
-            status = 0
-        finally:
-            os._exit(status)
+            result = {"error": "".join(traceback.format_exception(error))}
+        finish(result)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    if status:
-        return {"error": f"the process ended with wait status {status}"}
-    found: dict[str, Any] = json.loads(said)
-    return found
+    return {"error": f"the process ended with wait status {status}"} if status else json.loads(said)
 
 
-def judge(before: Digests, after: Digests, outcome: dict[str, Any], left: dict[str, Any]) -> str | None:
+def judge(states: list[Digests], outcome: dict[str, Any], left: dict[str, Any]) -> str | None:
     """What is wrong with a trial; None if nothing."""
     for part in (outcome, left):
         if "error" in part:
             return str(part["error"])
-    for said in (outcome["first"], outcome["again"]):
-        if said not in ("done", "refused", ""):
-            return str(said)
+    if outcome["bugs"]:
+        return str(outcome["bugs"])
     if left["findings"]:
         return f"check: {left['findings'][:3]}"
-    found = left["digests"]
-    done = "done" in (outcome["first"], outcome["again"])
-    if found != after and (done or found != before):
-        return f"{'done' if done else 'refused'}, but the store has {difference(before, after, found)}"
+    found, reached = left["digests"], outcome["reached"]
+    if found not in states[reached:]:
+        if found in states:
+            return f"it said that it had reached step {reached}, but the store is at step {states.index(found)}"
+        return f"after step {reached} the store has {difference(states[0], states[-1], found)}"
     return None
 
 
@@ -327,14 +362,14 @@ class Suite:
 
     def run(self, name: str, operation: Operation) -> None:
         before = in_child(lambda: look(self._copy(operation)))["digests"]
-        after = operation.effect(before)
+        states = operation.states(before)
         for kind in KINDS:
             counted = self._trial(operation, 0, kind, False)
-            self._note(name, judge(before, after, *counted), kind, 0, False)
+            self._note(name, judge(states, *counted), kind, 0, False)
             for nth, on in trials(counted[0].get("calls", 0), self.share, self.rng):
                 outcome, left = self._trial(operation, nth, kind, on)
                 self.met[name] = self.met.get(name, 0) + outcome.get("fired", 0)
-                self._note(name, judge(before, after, outcome, left), kind, nth, on)
+                self._note(name, judge(states, outcome, left), kind, nth, on)
                 if len(self.problems) >= PROBLEMS_MAX:
                     return
 
