@@ -56,8 +56,9 @@ def export_command(app: App, source: str, file: str, kind: str | None, since: st
             app.confirm(f"{path} exists", "replace it", yes=force)
         fields = _to_stream_file(app, args, path) if kind == "stream" else _to_image(app, args, path, kind)
     app.result({**fields, "file": file, "format": kind}, long=True)
-    kept = f", {show_size(fields['bytes_kept'])} of it written before" if fields.get("bytes_kept") else ""
-    app.note(f"exported {source} to {file}, {show_size(fields['size'])}{kept}")
+    kept = f", {show_size(fields['bytes_kept'])} were there from before" if fields.get("bytes_kept") else ""
+    written = show_size(fields["bytes_written"])
+    app.note(f"exported {source} to {file}, {show_size(fields['size'])}: {written} written{kept}")
 
 
 def _to_stdout(app: App, verb: str, args: dict[str, Any], kind: str) -> dict[str, Any]:

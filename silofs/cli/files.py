@@ -70,4 +70,7 @@ def partial(file: Path) -> Iterator[tuple[int, Path]]:
             raise Busy(f"{path} is being written by another export", hint="wait for it, or name another file") from None
         yield fd, path
     finally:
+        if not os.fstat(fd).st_size:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()  # nothing to continue
         os.close(fd)

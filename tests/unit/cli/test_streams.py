@@ -148,6 +148,7 @@ def test_what_does_not_fit(silofs: Silofs, there: Other, tmp_path: Path) -> None
     since = ["--since", "vm1@a", "--format", "raw"]
     assert silofs.fails(2, "export", "vm1@b", tmp_path / "o", *since)["code"] == "invalid"
     assert silofs.fails(10, "export", "vm1@b", tmp_path / "o", "--since", "vm1@nosuch")["code"] == "no_such_snapshot"
+    assert not (tmp_path / "o.part").exists()
 
 
 def test_an_import_that_breaks_off_goes_on(silofs: Silofs, there: Other, tmp_path: Path) -> None:
