@@ -182,7 +182,8 @@ class Daemon:
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
             nursery.start_soon(self._signals)
-            self._session.attach(fuse, can_resend="resend" in self._capabilities, seen=requests.seen)
+            can_resend = "resend" in self._capabilities
+            self._session.attach(fuse, can_resend=can_resend, seen=requests.seen, bell=self._engine.bell)
             self._state = "serving"
             self._holder.send("serving")
             with self._serving:

@@ -188,6 +188,15 @@ class Commits:
         if batch.error is not None:
             raise again(batch.error)
 
+    def flush_now(self, volume: VolumeState) -> bool:
+        """Make the volume durable if that takes a moment only; else False, and `flush` is to be awaited."""
+        target, journal = volume.last_lsn, self.journal
+        if self.failed is not None or volume.damage is not None:
+            return False
+        if volume.durable_lsn < target and journal.durable_lsn <= target and journal.takes():
+            journal.sync_now()
+        return volume.durable_lsn >= target or journal.durable_lsn > target
+
     async def flush(self, volume: VolumeState) -> None:
         """Return when every write to the volume that was acknowledged before the call is durable."""
         self.flushes += 1

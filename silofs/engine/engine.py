@@ -54,6 +54,7 @@ class Engine:
         self.log = log
         self._journal = journal
         self._threads = threads or Threads()
+        self.bell = self._threads.bell
         self._fetches = Fetches(remote or Nobody())
         self.reads = Reads(store, log.ring, self._threads, self._fetches)
         self.commits = Commits(store, log, self.reads, self._threads)
@@ -70,6 +71,7 @@ class Engine:
         # The hot paths, without a call in between.
         self.read_now = self.reads.read_now
         self.write_now = self.writes.write_now
+        self.flush_now = self.commits.flush_now
 
     def recover(self) -> Recovered:
         """Replay what a dead daemon left in the log. Before anything else; raises what a commit raises."""
@@ -92,6 +94,7 @@ class Engine:
             nursery.start_soon(self.commits.run)
             nursery.start_soon(self._age)
             nursery.start_soon(self.background.run)
+            nursery.start_soon(self._threads.bell.run)
             if self._journal:
                 nursery.start_soon(self.commits.journal.run)
             task_status.started()
@@ -107,6 +110,7 @@ class Engine:
 
     def close(self) -> None:
         """End the engine's transactions. What is pending stays in the log; `commit_all` leaves nothing there."""
+        self._threads.close()
         self.commits.journal.close()
         self.reads.close()
 

@@ -12,11 +12,9 @@ ring is too full of what was not journalled, they are commits as well (docs/writ
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -49,9 +47,8 @@ class Journalling:
         self._log = write_log
         self._threads = threads
         self._kick = kick
-        self._line = _Line()
         self._file: Journal | None = None
-        self._lost = trio.Event()  # there was a file, and it is retired
+        self._changed = trio.Event()  # it was retired, or another one named
         self._landing: trio.Event | None = None  # of the write in flight
         self.recorded = NONE
         self._end = Mark(0, 0, 0)  # what the named journal has from `recorded.mark` on, ends here
@@ -84,9 +81,13 @@ class Journalling:
             if self._file is None and not await self._make():
                 await trio.sleep(JOURNAL_RETRY_S)
                 continue
-            await self._lost.wait()
-            self._lost = trio.Event()
-            await trio.sleep(JOURNAL_RETRY_S)
+            self._changed = trio.Event()
+            await self._changed.wait()
+            if self._file is None:
+                await trio.sleep(JOURNAL_RETRY_S)
+            else:
+                kept = self.recorded.journal, self._file.id
+                await self._threads.run(partial(remove_others, self._directory, *kept))
 
     async def _make(self) -> bool:
         memory, directory, named = self._log.memory.superblock, self._directory, self.recorded.journal
@@ -96,7 +97,7 @@ class Journalling:
             return Journal.make(directory, memory.secret, memory.store, memory.ring_bytes)
 
         try:
-            self._file = await self._threads.wait(self._line.submit(make))
+            self._file = await self._threads.run(make)
         except OSError as error:
             self.absent = f"it cannot be made: {error.strerror}"
             log.warning("there is no journal, and every fsync is a commit: %s", self.absent)
@@ -122,9 +123,8 @@ class Journalling:
         if entry.journal != before or entry.mark.lsn > self._end.lsn:
             self._end = entry.mark
         self.durable_lsn = max(self.durable_lsn, entry.mark.lsn)
-        if before not in (0, entry.journal):
-            kept = (entry.journal, self._file.id if self._file is not None else 0)
-            self._line.submit(lambda: remove_others(self._directory, *kept))
+        if before != entry.journal:
+            self._changed.set()
 
     # Syncing
 
@@ -136,43 +136,53 @@ class Journalling:
             and span(self._end, self._log.mark(), self._log.size) <= JOURNAL_BYTES
         )
 
+    def sync_now(self) -> None:
+        """As `sync`, for a client that is alone: if no other request comes, wait in place for the write.
+
+        Two turns of the event loop cost more than half of what the disk takes.
+        """
+        if self._landing is None:
+            self._begin()
+            self._threads.bell.wait()
+
     async def sync(self) -> None:
         """Let one write land: the one in flight, or one of everything that the log has now.
 
         The caller looks at `durable_lsn`, and at `takes` again when that is not yet enough.
         """
+        if self._landing is None:
+            self._begin()
         if self._landing is not None:
             await self._landing.wait()
-            return
-        file = self._file
+
+    def _begin(self) -> None:
+        """Start a write."""
+        file, end = self._file, self._log.mark()
         assert file is not None, "takes() was asked"
-        landing = self._landing = trio.Event()
-        end = self._log.mark()
         parts = file.stretch(self._log.ring, self._end, end)
+        self._landing = trio.Event()
         self.syncs += 1
-        try:
-            with trio.CancelScope(shield=True):
-                await self._threads.wait(self._line.submit(lambda: _write(file, parts)), urgent=True)
-        except Exception as error:
+        self._threads.start(partial(_write, file, parts), partial(self._ended, end))
+
+    def _ended(self, end: Mark, error: BaseException | None) -> None:
+        """The write in flight has ended."""
+        landing, self._landing = self._landing, None
+        assert landing is not None
+        if error is not None:
             log.error("a write to the journal failed, and it is given up: %r", error)
             self._file = None
             self.failures += 1
             self.absent = "it could not be written to"
-            self._lost.set()
+            self._changed.set()
             self._kick()
-        else:
+        elif end.lsn > self._end.lsn:  # a commit may have landed meanwhile, and be ahead
             self.written += span(self._end, end, self._log.size)
-            # A commit may have landed meanwhile, and be ahead.
-            if end.lsn > self._end.lsn:
-                self._end = end
+            self._end = end
             self.durable_lsn = max(self.durable_lsn, end.lsn)
-        finally:
-            self._landing = None
-            landing.set()
+        landing.set()
 
     def close(self) -> None:
-        """End the thread. After `run` and every `sync` have ended."""
-        self._line.stop()
+        """After `run` and every `sync` have ended, and the thread."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -192,33 +202,3 @@ def _write(file: Journal, parts: Parts) -> None:
     except BaseException:
         file.retire()
         raise
-
-
-class _Line:
-    """One thread, and what it is to do, in order."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: Callable[[], Any]) -> Future[Any]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="silofs-journal", daemon=True)
-            self._thread.start()
-        future: Future[Any] = Future()
-        self._queue.put((job, future))
-        return future
-
-    def stop(self) -> None:
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            job, future = item
-            try:
-                future.set_result(job())
-            except BaseException as error:
-                future.set_exception(error)

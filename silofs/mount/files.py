@@ -118,7 +118,7 @@ class Files(Guarded):
             sync = file.sync or self._request[WRITE_FLAGS] & SYNC
             if not self._engine.write_now(file.state, off, buf):
                 await self._engine.write(file.state, off, buf)
-            if sync:
+            if sync and not self._engine.flush_now(file.state):
                 await self._engine.flush(file.state)
             return len(buf)
         except Exception as error:
@@ -177,7 +177,9 @@ class Files(Guarded):
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._engine.flush(self._file(fh).state)
+        state = self._file(fh).state
+        if not self._engine.flush_now(state):
+            await self._engine.flush(state)
 
     # What pyfuse3 does not know
 

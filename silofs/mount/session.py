@@ -24,6 +24,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from silofs import limits
+from silofs.engine.threads import Bell
 from silofs.mount import kernel, raw
 from silofs.mount.answers import Answers
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Seen = Callable[[int, bool], bool]
 
+BELL_WAIT_MS = 1  # a write of the journal that takes longer is waited for in epoll
+BELL_COSTS = 8  # requests of a burst that waiting for one in place counts as
 SWITCH_INTERVAL_S = 0.0002  # CPython's 5 ms would let one busy thread stretch a 3 us look-up to 200 us
 
 
@@ -77,7 +80,7 @@ class Session:
                 trio.lowlevel.notify_closing(self._fd)
                 await trio.lowlevel.checkpoint()
 
-    def attach(self, fuse: int, *, can_resend: bool, seen: Seen) -> None:
+    def attach(self, fuse: int, *, can_resend: bool, seen: Seen, bell: Bell) -> None:
         """Put the mount's descriptor in the place of the socket; `fuse` is closed. can_resend: the kernel does.
 
         seen: told how many requests were read, and that there was none more, until it says that it has heard enough.
@@ -89,8 +92,9 @@ class Session:
         own = getattr(pyfuse3, "_wait_fuse_readable", None)
         if own is not None:
             # Another pyfuse3 may not have it; then its own loop runs, slower and just as right.
-            wait = _Polled(self._fd, own, self._is_draining, seen).wait
-            pyfuse3._wait_fuse_readable = wait  # type: ignore[attr-defined]
+            polled = _Polled(self._fd, own, self._is_draining, seen, bell)
+            bell.wait = polled.wait_for_bell
+            pyfuse3._wait_fuse_readable = polled.wait  # type: ignore[attr-defined]
         else:
             seen(0, True)
 
@@ -131,14 +135,20 @@ class _Polled:
     nothing would end the loop.
     """
 
-    __slots__ = ("_draining", "_own", "_poll", "_seen", "_taken")
+    __slots__ = ("_bell", "_draining", "_fd", "_own", "_poll", "_poll_both", "_seen", "_taken")
 
     def __init__(
-        self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool], seen: Seen | None
+        self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool], seen: Seen | None, bell: Bell
     ) -> None:
+        self._fd = fd
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         self._poll = poller.poll
+        self._bell = bell
+        both = select.poll()
+        both.register(fd, select.POLLIN)
+        both.register(bell.fd, select.POLLIN)
+        self._poll_both = both.poll
         self._own = own
         self._draining = draining
         self._seen = seen
@@ -155,9 +165,40 @@ class _Polled:
         if self._seen is not None and self._seen(self._taken, taken < limits.FUSE_POLL_BURST):
             self._seen = None
         self._taken = 0
+        if self._bell.expected and await self._wait_both():
+            return True
         while await self._own():
             if self._draining():
                 return False
             if self._poll(0):
                 return True
         return False
+
+    async def _wait_both(self) -> bool:
+        """Wait for a request or the bell without epoll, while the bell is expected: an fsync's reply is made at once.
+
+        Everything else of the loop has its turn first, and again after BELL_WAIT_MS. True when a request is there.
+        """
+        await trio.lowlevel.checkpoint()
+        bell = self._bell
+        while bell.expected and not self._draining():
+            ready = self._poll_both(BELL_WAIT_MS)
+            if not ready:
+                return False
+            if len(ready) == 1 and ready[0][0] == self._fd:
+                return True
+            bell.answer()
+            await trio.lowlevel.checkpoint()
+        return bool(self._poll(0)) and not self._draining()
+
+    def wait_for_bell(self) -> bool:
+        """Wait in place, BELL_WAIT_MS at most; whether the bell rang before a request came.
+
+        Counts as many requests, so that the other tasks of the loop do not wait for long.
+        """
+        self._taken += BELL_COSTS
+        ready = self._poll_both(BELL_WAIT_MS)
+        if len(ready) != 1 or ready[0][0] == self._fd:
+            return False
+        self._bell.answer()
+        return True

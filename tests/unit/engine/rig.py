@@ -13,6 +13,7 @@ import trio
 
 from silofs.blocks import PAGE
 from silofs.engine import Engine, Remote, Threads, VolumeState
+from silofs.engine.threads import Then
 from silofs.layers.catalog import Ownership, Role
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
@@ -41,11 +42,19 @@ class Inline(Threads):
         await trio.lowlevel.checkpoint()
         return job()
 
-    async def wait(self, future: Future[T], *, urgent: bool = False) -> T:
+    async def wait(self, future: Future[T]) -> T:
         await trio.lowlevel.checkpoint()
-        if not urgent:
-            await self.release.wait()
+        await self.release.wait()
         return future.result()
+
+    def start(self, job: Callable[[], None], then: Then) -> None:
+        """Begun now, and ended in the loop's next turn."""
+        try:
+            job()
+        except Exception as error:
+            self.bell.ring(then, error)
+        else:
+            self.bell.ring(then, None)
 
 
 class Rig:

@@ -36,7 +36,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commits, "COMMIT_AGE_S", AGE_S)
 
 
-AGE_S = 1e6
+AGE_S = 600.0
 
 
 async def settled(rig: Rig) -> None:
