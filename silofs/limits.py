@@ -18,7 +18,8 @@ SIZE_MAX = 1 << 50  # bytes; 1 PiB: keeps page numbers far below 2^44
 # The store
 MAP_BYTES_START = 1 * GIB  # LMDB map size at least; else four times the file system, doubled when full
 MAP_BYTES_MAX = 1 << 46  # 64 TiB of address space at most
-CHAIN_DEPTH_MAX = 1000  # layers; nothing merges them yet
+CHAIN_DEPTH_MAX = 1000  # layers; those that nothing names are merged long before
+MERGE_DEPTH = 8  # layers; deeper chains are merged even where that gives nothing back
 MAX_READERS = 126  # LMDB reader slots
 HELD_AHEAD_BYTES = 64 * MIB  # allocated for writes that are still to come, whenever more must be allocated
 HELD_RESERVE_BYTES = 16 * MIB  # of what is held that only deletes, the cleaner and ownership records may use
@@ -92,7 +93,6 @@ CONTROL_FDS_MAX = 4  # files that may come with one request
 HOLD_S = 30.0  # a volume that was frozen by a command thaws itself after this, unless the command says
 HOLD_MAX_S = 3600.0  # at most; guests give a disk up whose writes hang
 HOLD_TEXT_MAX = 200  # characters of a freeze's owner and reason
-TRANSFERS_MAX = 16  # imports, exports, diffs and checks at a time; each has a thread for as long as it runs
 SNAPSHOTS_AT_ONCE = 256  # snapshots that one command takes in one transaction
 ANSWER_S = 5.0  # a command that has heard nothing for so long asks whether the daemon hears at all ...
 SIGN_OF_LIFE_S = 5.0  # ... and ends with "try again" when that is not answered within this
@@ -102,7 +102,6 @@ HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder befo
 STREAM_HEAD_BYTES_MAX = 4096  # of a header's body
 STREAM_PAGES = 256  # pages of data in one frame (1 MiB)
 STREAM_RUNS = 4096  # runs in one frame
-STREAM_ZEROS = 512  # runs of zeroed pages in one transaction of an import
 STREAM_KEEP_S = 7 * 86400.0  # what an import that was interrupted has stored is kept this long for the next attempt
 
 # Peers and migration

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import trio
 
 from silofs.engine.commits import Commits
-from silofs.layers.policies import policies
 from silofs.layers.rewrite import Policy
 from silofs.layers.store import Store
 from silofs.limits import BACKGROUND_RETRY_S, BACKGROUND_SHARE, BACKGROUND_WAIT_S
@@ -44,26 +43,25 @@ class Background:
     """`run` in the engine's nursery."""
 
     def __init__(
-        self, store: Store, commits: Commits, quiet: Callable[[], bool], some: Sequence[Policy] | None = None
+        self, store: Store, commits: Commits, quiet: Callable[[], bool], policies: Sequence[Policy]
     ) -> None:
         self._store = store
         self._commits = commits
         self._quiet = quiet
-        self.turns = [Turn(policy) for policy in (policies(store.usage) if some is None else some)]
-        self._seen = -1  # commits of the store when nothing was left to do
+        self.turns = [Turn(policy) for policy in policies]
 
     async def run(self) -> None:
-        """Step for ever; the next policy's turn comes after every step."""
-        while True:
+        """Step for ever, the policies in turn."""
+        while self.turns:
             worked = False
             for turn in self.turns:
                 if await self._may(turn):
                     worked |= await self._step(turn)
             if not worked:
-                self._seen = self._store.commits
+                # What commits leave to do is looked for after some of them, not after each.
+                await trio.sleep(IDLE_S)
                 with trio.move_on_after(BACKGROUND_WAIT_S):
-                    while self._store.commits == self._seen:
-                        await trio.sleep(IDLE_S)
+                    await self._commits.landed.wait()
 
     async def _may(self, turn: Turn) -> bool:
         """Wait for the policy's turn; False when there is none for it in this round."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -34,7 +34,7 @@ from silofs.layers.held import no_room
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Pending
 from silofs.layers.records import Mark
-from silofs.layers.rewrite import Heads, Policy, Stepped
+from silofs.layers.rewrite import Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES, COMMIT_RETRY_S
@@ -85,7 +85,7 @@ class Commits:
         self.kick_at = COMMIT_BYTES
         self.failed: SiloError | None = None  # the last commit failed, and no other has succeeded since
         self.refresh: Callable[[Iterable[int]], None] = lambda leaves: None  # set by the engine
-        self.replace: Callable[[Collection[int], Heads], None] = lambda leaves, heads: None  # set by the engine
+        self.replace: Callable[[Stepped], None] = lambda stepped: None  # set by the engine
         self._claimed = 0  # for what is pending, `credit` included
         self._dirty: list[VolumeState] = []
         self._cut: Cut | None = None  # in flight, or failed and to be tried again
@@ -96,6 +96,7 @@ class Commits:
         self._kicked = trio.Event()  # and should be committed now
         self.journal = Journalling(store, write_log, threads, self.kick)
         self.reopened = False
+        self.landed = trio.Event()  # set, and replaced, at every commit
         self.commits = 0
         self.failures = 0
         self.flushes = 0
@@ -242,7 +243,7 @@ class Commits:
                 failpoints.hit("rewrite.durable")
                 if stepped.changed:
                     # No await in here: leaves as they now are belong to the snapshot as it now is.
-                    self.replace(stepped.chilled, stepped.heads)
+                    self.replace(stepped)
                     self._reads.renew()
                     if stepped.layers:
                         self.refresh(())
@@ -394,6 +395,8 @@ class Commits:
         if not self.waiting:
             self._give_back()
         self.commits += 1
+        landed, self.landed = self.landed, trio.Event()
+        landed.set()
         if changed:
             self.refresh(result.chilled)
 

@@ -6,7 +6,7 @@ the admission, `Commits` what is pending and in flight, and this class which vol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import trio
@@ -28,8 +28,9 @@ from silofs.layers.catalog import Role, Snapshot, Volume
 from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
+from silofs.layers.policies import policies
 from silofs.layers.replay import Recovered, recover
-from silofs.layers.rewrite import Heads
+from silofs.layers.rewrite import Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import WARM_S
@@ -60,7 +61,7 @@ class Engine:
         self.commits = Commits(store, log, self.reads, self._threads)
         self.commits.refresh = self._refresh
         self.commits.replace = self._replace
-        self.background = Background(store, self.commits, self._quiet)
+        self.background = Background(store, self.commits, self._quiet, policies(store.usage, self._held))
         self.writes = Writes(log, self.reads, self.commits)
         self.ranges = Ranges(self.reads, self.writes, self.commits)
         self.copies = Copies(self.reads, self.writes, self.commits)
@@ -278,14 +279,23 @@ class Engine:
         if not self.commits.under_way:
             self.reads.renew()
 
-    def _replace(self, chilled: Collection[int], heads: Heads) -> None:
+    def _replace(self, stepped: Stepped) -> None:
         """Called in the step that publishes background work: references have changed, content has not."""
-        self.reads.forget_everywhere(chilled)
-        if heads:
+        self.reads.forget_everywhere(stepped.chilled)
+        if stepped.heads:
             volumes = {volume.head: volume for volume in self._volumes.values()}
-            for (head, leaf), entry in heads.items():
+            for (head, leaf), entry in stepped.heads.items():
                 if head in volumes:
                     self.reads.replace(volumes[head], leaf, None if entry is None else entry[1])
+        for layer_id, successor in stepped.succeeded.items():
+            view = self._layers.pop(layer_id, None)
+            if view is not None:
+                view.head = successor
+                self._layers[successor] = view
+
+    def _held(self) -> set[int]:
+        """Layers whose snapshots are open. Called by the writer's thread too."""
+        return {handle.layer for handle in self.log.handles.items() if handle.layer}
 
     # What the records say
 
@@ -298,7 +308,7 @@ class Engine:
             self._reload(volume, txn)
         for layer_id, view in list(self._layers.items()):
             try:
-                gone = txn.layer(layer_id).doomed
+                gone = not txn.layer(layer_id).uuid  # removed, or its content moves
             except Damaged:
                 gone = True
             if gone:

@@ -65,13 +65,19 @@ class Layer(Record, frozen=True, array_like=True):
     snapshots: int = 0  # snapshots that name it
     pins: int = 0  # migrations that hold it
     data_pages: int = UNCOUNTED  # of the chain resolved from here, as in Volume; set when it is sealed or first shown
-    depth: int = 1  # layers from here to the base
+    depth: int = 1  # a rank, more than the parent's: the layers from here to the base, and those merged since
     doomed: bool = False  # nothing reaches it; its leaves are being removed in bounded steps
+    kept_ns: int = 0  # until then it is not merged: a volume that goes back where it came from is sent from it
 
     @property
     def complete(self) -> bool:
         """Whether the state of every page is known and every page is here and sound."""
         return self.mapped >= pages_for(self.size) and not self.remote_pages and not self.lost_pages
+
+    @property
+    def merging(self) -> bool:
+        """Whether it is the lower layer of a merge: its content is on the move, and nothing may name it."""
+        return self.sealed and not self.uuid and not self.doomed
 
     @property
     def referenced(self) -> bool:
@@ -117,6 +123,22 @@ class Ownership(Record, frozen=True, array_like=True):
     layer: bytes = b""  # uuid of the sealed final layer, when ceded
     name: str = ""  # of the volume, when it left: what a tombstone is shown as
     changed_ns: int = 0
+
+
+class Way(StrEnum):
+    """How two layers are put together (docs/background.md)."""
+
+    UP = "up"
+    DOWN = "down"
+    SHED = "shed"
+
+
+class Merge(Record, frozen=True, array_like=True):
+    """Two layers that become one. Key: id of the lower one, which has no uuid meanwhile."""
+
+    lower: int
+    upper: int
+    way: Way
 
 
 class Pin(Record, frozen=True, array_like=True):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from silofs.blocks import pages_for
 from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume, StoreBroken
 from silofs.layers import catalog, schema
-from silofs.layers.catalog import Layer, Ownership, R, Snapshot, State, Volume
+from silofs.layers.catalog import Layer, Merge, Ownership, R, Snapshot, State, Volume
 from silofs.layers.environment import Environment
 from silofs.layers.schema import Table
 
@@ -202,6 +202,11 @@ class CatalogReader:
         self._prove_absence(schema.SNAPSHOT)
         return [snapshot for _, snapshot in self._scan_records(schema.SNAPSHOT, Snapshot, uuid)]
 
+    def named(self, layer_id: int) -> list[tuple[bytes, Snapshot]]:
+        """(key, snapshot) of every snapshot that names a layer, of whatever volume. Looks at all there are."""
+        self._prove_absence(schema.SNAPSHOT)
+        return [(key, each) for key, each in self._scan_records(schema.SNAPSHOT, Snapshot) if each.layer == layer_id]
+
     def find_snapshot(self, uuid: bytes, name: str) -> Snapshot:
         snapshot = self._get(schema.SNAPSHOT, catalog.snapshot_key(uuid, name), Snapshot)
         if snapshot is None:
@@ -257,6 +262,15 @@ class CatalogReader:
     def layers(self) -> list[Layer]:
         self._prove_absence(schema.LAYER)
         return [layer for _, layer in self._scan_records(schema.LAYER, Layer)]
+
+    def merges(self) -> list[Merge]:
+        """Merges under way."""
+        return [merge for _, merge in self._scan_records(schema.MERGE, Merge)]
+
+    def layers_from(self, layer_id: int) -> Iterator[Layer]:
+        """Layers by id, from that id on."""
+        for key in self.scan_keys(schema.LAYER, catalog.layer_key(layer_id)):
+            yield self.layer(schema.KEY.unpack(key)[0])
 
     def chain(self, layer_id: int) -> list[Layer]:
         """The layers from that one down to its base."""

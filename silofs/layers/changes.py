@@ -45,6 +45,7 @@ class Changes(ContainerChanges):
         self.warmed: dict[tuple[int, int], Entry | None] = {}  # for `warm`, once this is committed; None: forget
         self.chilled: set[int] = set()  # leaves to drop from `warm`, because a layer below a head changed
         self.layers_changed = False  # layers came, went or were put together
+        self.succeeded: dict[int, int] = {}  # layer -> the one that took its place
         self._changed_layers: set[int] = set()
         self._changed_bitmaps: dict[tuple[int, int], bytearray] = {}
 
@@ -191,10 +192,11 @@ class Changes(ContainerChanges):
             count += 1 if present else -1
         self.change_layer(layer_id, chunks=chunks, leaves=count)
 
-    def account(self, layer_id: int, pages: Numbers, old: Refs, new: Refs) -> None:
+    def account(self, layer_id: int, pages: Numbers, old: Refs, new: Refs, *, handed_over: bool = False) -> None:
         """Count a layer's entries that changed from `old` to `new`, and release what `old` referred to.
 
-        `pages`: their numbers in the layer. All three are flat and of one length.
+        `pages`: their numbers in the layer. All three are flat and of one length. `handed_over`: to another layer's
+        entries, so that objects and lone pages stay.
         """
         before = np.bincount(schema.kinds(old).astype(np.intp), minlength=8)
         after = np.bincount(schema.kinds(new).astype(np.intp), minlength=8)
@@ -213,7 +215,7 @@ class Changes(ContainerChanges):
             self.refer(layer_id, pages, new, 1)
         if before[schema.PACKED]:
             self.refer(layer_id, pages, old, -1)
-        if before[schema.DATA] or before[schema.LONE]:
+        if (before[schema.DATA] or before[schema.LONE]) and not handed_over:
             self.release(old)
 
     def drop_leaves(self, layer_id: int, most: int) -> bool:
@@ -260,6 +262,7 @@ class Changes(ContainerChanges):
             for key in [key for key, _ in self.scan(table, catalog.layer_key(layer_id))]:
                 self._delete(table, key)
         self.delete_record(schema.LAYER, catalog.layer_key(layer_id))
+        self.delete_record(schema.MERGE, catalog.layer_key(layer_id))
         if layer.uuid:
             self.delete_record(schema.LAYER_UUID, layer.uuid)
         for place in [place for place in self._changed_bitmaps if place[0] == layer_id]:

@@ -18,7 +18,7 @@ import numpy as np
 from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, pages_for
 from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
-from silofs.layers.catalog import Layer, Ownership, Pin, R, Snapshot, State, Value, Volume
+from silofs.layers.catalog import Layer, Merge, Ownership, Pin, R, Snapshot, State, Value, Volume
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.check_containers import ContainerChecker
 from silofs.layers.objects import read_live
@@ -67,6 +67,7 @@ class _Checker:
         self._layers: dict[int, Layer] = {}
         self._volumes: dict[bytes, Volume] = {}
         self._snapshots: list[Snapshot] = []
+        self._merges: dict[int, Merge] = {}
         self._shown: dict[int, str] = {}  # layer -> a volume that shows it, for messages
         self._live: Masks = {}
         self._seen: Masks = {}
@@ -123,6 +124,7 @@ class _Checker:
         self._layers = {layer.id: layer for _, layer in self._records(schema.LAYER, Layer)}
         self._volumes = {volume.uuid: volume for _, volume in self._records(schema.VOLUME, Volume)}
         self._snapshots = [snapshot for _, snapshot in self._records(schema.SNAPSHOT, Snapshot)]
+        self._merges = {merge.lower: merge for _, merge in self._records(schema.MERGE, Merge)}
         names = {key.decode(): value.data for key, value in self._records(schema.VOLUME_NAME, Value)}
         owned = {key for key, _ in self._records(schema.OWNERSHIP, Ownership)}
         uuids = {key: schema.KEY.unpack(value.data)[0] for key, value in self._records(schema.LAYER_UUID, Value)}
@@ -178,6 +180,10 @@ class _Checker:
             ):
                 if found != recorded:
                     self._report(code, f"layer {layer.id} has {found} {code}, {recorded} on record", layer=layer.id)
+        for merge in self._merges.values():
+            lower, upper = self._layers.get(merge.lower), self._layers.get(merge.upper)
+            if lower is None or upper is None or upper.parent != lower.id or lower.snapshots or lower.pins:
+                self._report("merge", f"layers {merge.lower} and {merge.upper} cannot be merged", layer=merge.lower)
         for what, ids in (("a pin", pinned), ("a removal", dict.fromkeys(doomed))):
             for layer_id in ids:
                 if layer_id not in self._layers:
@@ -188,14 +194,16 @@ class _Checker:
         wrong = ""
         if layer.parent and (parent is None or not parent.sealed):
             wrong = f"is built on layer {layer.parent}, which is no sealed layer"
-        elif layer.depth != (parent.depth + 1 if parent else 1):
+        elif layer.depth <= (parent.depth if parent else 0):
             wrong = "has a wrong depth"
         elif layer.id >= self._state.next_layer:
             wrong = "has an id that was never given out"
         elif layer.clip > layer.size or (layer.mapped > pages_for(layer.size)):
             wrong = "has a clip or a map beyond its size"
-        elif layer.sealed != bool(layer.uuid):
-            wrong = "is sealed without a uuid, or has one without being sealed"
+        elif layer.uuid and not layer.sealed:
+            wrong = "has a uuid without being sealed"
+        elif layer.merging != (layer.id in self._merges):
+            wrong = "is sealed without a uuid, or is merged and has one"
         elif layer.doomed != doomed:
             wrong = "is to be removed in one record and not in another"
         elif not layer.doomed and not (heads if not layer.sealed else layer.referenced):

@@ -18,7 +18,7 @@ from silofs.layers.catalog import Layer, Pin, Value, Volume
 from silofs.layers.changes import pages_of
 from silofs.layers.heads import ROWS
 from silofs.layers.schema import Buffer
-from silofs.layers.volumes import VolumeChanges, checked_size
+from silofs.layers.volumes import VolumeChanges, checked_size, kept_until
 
 
 class IncomingChanges(VolumeChanges):
@@ -37,7 +37,9 @@ class IncomingChanges(VolumeChanges):
             assert below.sealed, "only a sealed layer can be built upon"
             self.change_layer(parent, children=below.children + 1)
             depth = below.depth + 1
-        layer = Layer(self.new_layer_id(), parent, checked_size(size), clip, uuid, sealed=True, depth=depth)
+        layer = Layer(
+            self.new_layer_id(), parent, checked_size(size), clip, uuid, sealed=True, depth=depth, kept_ns=kept_until()
+        )
         self.put_layer(layer)
         self.put_record(schema.LAYER_UUID, uuid, Value(schema.KEY.pack(layer.id)))
         return layer

@@ -91,6 +91,20 @@ class ObjectChanges(Puts):
         self._put(schema.NAME, key, schema.object_name(key, layer_id, pages), append=True)
         self._new_objects[object_id] = (1 << len(data)) - 1
 
+    def rehome(self, layer_id: int, pages: Sequence[int], refs: Refs) -> None:
+        """Objects and lone pages are from now on those of a layer's entries; other kinds are ignored."""
+        kinds = schema.kinds(refs)
+        by_object: dict[int, list[tuple[int, int]]] = {}
+        for at in np.flatnonzero((kinds == schema.DATA) | (kinds == schema.LONE)).tolist():
+            reference = int(refs[at])
+            by_object.setdefault(schema.object_of(reference), []).append((schema.slot_of(reference), pages[at]))
+        for object_id, slots in by_object.items():
+            key = schema.KEY.pack(object_id)
+            name = self.fetch(schema.NAME, key)
+            if name is None:
+                raise Damaged(f"object {object_id} has no name record")
+            self._put(schema.NAME, key, schema.renamed(key, name, layer_id, slots))
+
     def release(self, refs: Refs) -> None:
         """Give up what leaf entries of this layer referred to; kinds without pages are ignored."""
         kinds = schema.kinds(refs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from silofs.layers.clean import Clean
+from silofs.layers.merge import MergeLayers
 from silofs.layers.rewrite import Policy, Reap
 from silofs.layers.store import Store
 from silofs.layers.usage import Usage
@@ -14,9 +15,9 @@ from silofs.layers.usage import Usage
 DRAIN_STEPS: Final = 100_000  # a policy that never ends is a bug
 
 
-def policies(usage: Usage) -> list[Policy]:
-    """Every policy, in the order of their turns. `usage`: of the store that they are for."""
-    return [Reap(), Clean(usage)]
+def policies(usage: Usage, held: Callable[[], Collection[int]] = tuple) -> list[Policy]:
+    """Every policy, in the order of their turns. `usage`: of the store that they are for; `held`: see MergeLayers."""
+    return [Reap(), Clean(usage), MergeLayers(held)]
 
 
 def drain(store: Store, some: Sequence[Policy] | None = None, *, seconds: float = float("inf")) -> int:

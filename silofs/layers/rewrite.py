@@ -165,6 +165,7 @@ class Stepped:
     chilled: frozenset[int]  # leaves that changed in sealed layers
     heads: Heads
     layers: bool  # whether layers came, went or were put together
+    succeeded: Mapping[int, int]  # layer -> the one that took its place
 
 
 def take(policy: Policy, txn: WriteTxn, budget: Budget) -> Stepped:
@@ -172,4 +173,4 @@ def take(policy: Policy, txn: WriteTxn, budget: Budget) -> Stepped:
     more = policy.step(txn, budget)
     if txn.changed:
         failpoints.hit("rewrite.before_commit")
-    return Stepped(more, txn.changed, frozenset(txn.chilled), txn.warmed, txn.layers_changed)
+    return Stepped(more, txn.changed, frozenset(txn.chilled), txn.warmed, txn.layers_changed, txn.succeeded)

@@ -7,7 +7,7 @@ sound record in a wrong place fails as a torn one does; and whatever may be abse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -70,10 +70,11 @@ CONTAINER: Final = Table("container", 22, key_bytes=8, since=2)
 USE: Final = Table("use", 23, key_bytes=8, since=2)
 USER: Final = Table("user", 24, key_bytes=24, since=2)
 BLOCK: Final = Table("block", 25, key_bytes=32, since=2)
+MERGE: Final = Table("merge", 26, counted=True, key_bytes=8, since=2)
 
 TABLES: Final = (
     META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
-    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST, CONTAINER, USE, USER, BLOCK,
+    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST, CONTAINER, USE, USER, BLOCK, MERGE,
 )  # fmt: skip
 VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
 
@@ -258,6 +259,14 @@ def open_name(key: bytes, value: Buffer) -> list[tuple[int, int]]:
 
 def lone_name(key: bytes, object_id: int, layer: int, page: int, data: Buffer) -> bytes:
     payload = LONE_NAME.pack(1, LONE, layer, page, page_sum(data, object_id, 0), bytes(data[LONE_BYTES:]))
+    return seal_record(NAME, key, payload)
+
+
+def renamed(key: bytes, value: Buffer, layer: int, slots: Iterable[tuple[int, int]]) -> bytes:
+    """The name record with some (slot, page) as that layer's."""
+    payload = bytearray(open_record(NAME, key, value))
+    for slot, page in slots:
+        NAME_ENTRY.pack_into(payload, NAME_HEAD.size + slot * NAME_ENTRY.size, layer, page)
     return seal_record(NAME, key, payload)
 
 

@@ -20,7 +20,7 @@ from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Ownership, Role, Snapshot, Value, Volume
 from silofs.layers.changes import Changes, pages_of
 from silofs.layers.heads import ROWS, HeadWriter
-from silofs.limits import CHAIN_DEPTH_MAX, IMAGE_SUFFIX, NAME, SIZE_MAX
+from silofs.limits import CHAIN_DEPTH_MAX, IMAGE_SUFFIX, NAME, RETAIN_S, SIZE_MAX
 
 DROP_LEAVES: Final = 256
 """A layer with more leaves is emptied in steps of as many."""
@@ -37,6 +37,11 @@ def checked_size(size: int) -> int:
     if not 0 <= size <= SIZE_MAX:
         raise BadSize(f"{size} bytes is more than a volume can have")
     return size
+
+
+def kept_until() -> int:
+    """Until when a layer that is sealed or arrives now is kept as it is."""
+    return time.time_ns() + int(RETAIN_S * 1e9)
 
 
 class VolumeChanges(Changes):
@@ -86,10 +91,11 @@ class VolumeChanges(Changes):
         if parent:
             below = self.layer(parent)
             assert below.sealed, "only a sealed layer can be built upon"
-            if below.doomed:
+            if below.doomed or below.merging:
                 raise Busy("the layer is being removed")
-            if below.depth >= CHAIN_DEPTH_MAX:
-                raise Busy(f"the chain has {below.depth} layers and takes no more", hint="export and import the volume")
+            if below.depth >= CHAIN_DEPTH_MAX and len(self.chain(parent)) >= CHAIN_DEPTH_MAX:
+                hint = "remove snapshots, and wait until their layers are merged"
+                raise Busy(f"the chain has {len(self.chain(parent))} layers and takes no more", hint=hint)
             depth, clip = below.depth + 1, min(size, below.size)
             self.change_layer(parent, children=below.children + 1)
         layer = Layer(self.new_layer_id(), parent, size, clip, depth=depth, mapped=pages_for(size))
@@ -225,6 +231,7 @@ class VolumeChanges(Changes):
             size=volume.size,
             mapped=pages_for(volume.size),
             data_pages=volume.data_pages,
+            kept_ns=kept_until(),
         )
         self.put_record(schema.LAYER_UUID, layer.uuid, Value(schema.KEY.pack(layer.id)))
         self._change_volume(volume, head=self._new_head(layer.id, volume.size).id)
@@ -263,7 +270,7 @@ class VolumeChanges(Changes):
         snapshot = self.find_snapshot(uuid, name)
         self.delete_record(schema.SNAPSHOT, catalog.snapshot_key(uuid, name))
         layer = self.layer(snapshot.layer)
-        self.change_layer(layer.id, snapshots=layer.snapshots - 1)
+        self.change_layer(layer.id, snapshots=layer.snapshots - 1, kept_ns=0)
         self.drop_if_free(layer.id)
 
     def clone(

@@ -54,7 +54,7 @@ def slice_of(reader: ReadTxn, segment: Segment) -> tuple[int, int]:
 def offered(reader: ReadTxn, uuid: bytes) -> Offered:
     """What an OFFER says of a volume. `states` are its complete sealed layers, newest first."""
     volume = reader.volume(uuid)
-    sealed = [layer.uuid for layer in reader.chain(volume.head) if layer.sealed]
+    sealed = [layer.uuid for layer in reader.chain(volume.head) if layer.uuid]
     return Offered(uuid, volume.name, volume.size, volume.data_pages, tuple(sealed[:STATES_MAX]))
 
 
@@ -83,7 +83,7 @@ def segments_above(
     cuts = set(boundaries)
     slices: list[list[Layer]] = []
     for layer in reader.chain(top):
-        if layer.uuid == above:
+        if above and layer.uuid == above:
             break
         if not slices or layer.uuid in cuts:
             slices.append([])

@@ -15,6 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from silofs.blocks import LEAF_BYTES, PAGE, pages_for
 from silofs.layers import schema
 from silofs.layers.clean import Clean
+from silofs.layers.merge import MergeLayers
+from silofs.layers.policies import drain
+from silofs.layers.rewrite import Budget, Reap, take
 from tests.reference import Reference, nonzero_pages
 from tests.storerig import Rig, page_bytes, read_layer
 
@@ -37,6 +40,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.reference = Reference()
         self.waiting: list[tuple[str, str, Any, Any]] = []
         self.seed = 0
+        self.merging = MergeLayers()
 
     @initialize(size=SIZES)
     def first(self, size: int) -> None:
@@ -180,6 +184,18 @@ class StoreMachine(RuleBasedStateMachine):
             if not self.rig.store.step(policy).result().more:
                 break
 
+    @rule(steps=st.sampled_from([1, 2, 5, 50]), leaves=st.sampled_from([1, 2, 256]))
+    def merge(self, steps: int, leaves: int) -> None:
+        """Layers of removed snapshots, leaf by leaf, and so with whatever comes in between."""
+        for _ in range(steps):
+            stepped = self.rig.store.submit(lambda txn: take(self.merging, txn, Budget(leaves=leaves))).result()
+            if not stepped.more:
+                break
+
+    @rule()
+    def reap(self) -> None:
+        drain(self.rig.store, [Reap()])
+
     # Restarts
 
     @rule()
@@ -188,6 +204,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.rig.pendings = {}
         self.waiting = []
         self.rig.reopen()
+        self.merging = MergeLayers()
 
     # What must hold
 
@@ -211,6 +228,7 @@ class StoreMachine(RuleBasedStateMachine):
             for name in sorted(self.reference.volumes):
                 uuid = self.uuid(name)
                 self.rig.store.write(lambda txn, uuid=uuid: txn.delete_volume(uuid))
+            drain(self.rig.store, [Reap()])
             assert self.rig.findings() == []
             with self.rig.store.reader() as txn:
                 for table in (schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM):

@@ -274,33 +274,3 @@ def test_through_a_pipe(
             there.ok("import", "-", name, *options)
             assert sender.wait() == 0
         assert content(silofs, there.path, name, tmp_path / "b") == (tmp_path / "i").read_bytes()
-
-
-def test_a_stream_where_an_image_is_expected(
-    silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    silofs.ok("create", "vm1", "--size", "1M")
-    silofs.ok("snapshot", "vm1@a")
-    silofs.ok("export", "vm1@a", tmp_path / "full", "--format", "stream")
-    with subprocess.Popen(["cat", tmp_path / "full"], stdout=subprocess.PIPE) as sender:
-        monkeypatch.setattr(sys, "stdin", sender.stdout)
-        done = silofs("import", "-", "vm2")
-    assert done.code == 2
-    assert "--format stream" in done.err
-
-
-def test_what_the_store_has_is_not_stored_again(silofs: Silofs, tmp_path: Path) -> None:
-    """The same content under another name: a stream of it costs next to nothing."""
-    there = Other(silofs, tmp_path / "there")
-    source = tmp_path / "i"
-    source.write_bytes(random.Random(3).randbytes(SIZE))
-    silofs.ok("import", source, "vm1")
-    silofs.ok("snapshot", "vm1@a")
-    silofs.ok("export", "vm1@a", tmp_path / "full", "--format", "stream")
-    there.ok("import", source, "other")
-    before = (there.path / "data" / "data.mdb").stat().st_size
-    got = there.ok("import", tmp_path / "full", "vm1")
-    assert got["bytes_stored"] == SIZE
-    assert got["bytes_shared"] > SIZE * 15 // 16  # type: ignore[operator]  # the rest did not fill a container
-    assert there.ok("check", "--read-data")["damaged"] == 0
-    assert (there.path / "data" / "data.mdb").stat().st_size < before + SIZE // 8

@@ -85,6 +85,7 @@ class Rig:
         self.log = WriteLog.open(self.fd, self.store.uuid)
         self.engine = Engine(self.store, self.log, remote=self.remote, threads=self.threads, journal=self.journal)
         self.engine.recover()
+        self.engine.background.turns.clear()  # comes when it likes; tests of it run their own
         return self.engine
 
     def cut_power(self) -> None:
