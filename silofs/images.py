@@ -26,6 +26,7 @@ from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_size
 from silofs.packing import BATCH_BYTES, BlockWriter
+from silofs.stream import MAGIC
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -92,6 +93,8 @@ def load(
     source = image_size(fd)
     if source is None:
         with _spooled(store, fd, cancelled) as spooled:
+            if os.pread(spooled, len(MAGIC), 0) == MAGIC:
+                raise BadImage("what came is a stream, not an image", hint="--format stream imports it")
             return load(store, spooled, wanted, progress=progress, cancelled=cancelled, batch_bytes=batch_bytes)
     size = volume_size(source, wanted)
     holder = PIN_IMPORT + uuid.uuid4().hex

@@ -93,6 +93,7 @@ CONTROL_FDS_MAX = 4  # files that may come with one request
 HOLD_S = 30.0  # a volume that was frozen by a command thaws itself after this, unless the command says
 HOLD_MAX_S = 3600.0  # at most; guests give a disk up whose writes hang
 HOLD_TEXT_MAX = 200  # characters of a freeze's owner and reason
+TRANSFERS_MAX = 16  # imports, exports, diffs and checks at a time; each has a thread for as long as it runs
 SNAPSHOTS_AT_ONCE = 256  # snapshots that one command takes in one transaction
 ANSWER_S = 5.0  # a command that has heard nothing for so long asks whether the daemon hears at all ...
 SIGN_OF_LIFE_S = 5.0  # ... and ends with "try again" when that is not answered within this
@@ -102,6 +103,7 @@ HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder befo
 STREAM_HEAD_BYTES_MAX = 4096  # of a header's body
 STREAM_PAGES = 256  # pages of data in one frame (1 MiB)
 STREAM_RUNS = 4096  # runs in one frame
+STREAM_ZEROS = 512  # runs of zeroed pages in one transaction of an import
 STREAM_KEEP_S = 7 * 86400.0  # what an import that was interrupted has stored is kept this long for the next attempt
 
 # Peers and migration

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from silofs import diffs, images, packing, raw_out, stream_in, stream_out, verbs
+from silofs import diffs, images, packing, raw_out, stream_fill, stream_in, stream_out, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
 from silofs.layers.policies import drain
@@ -98,11 +98,12 @@ def _send(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
 
 def _receive(store: Store, args: Fields, view: View, fd: int, progress: Progress) -> Fields:
     verbs.name_in(args, "name")
-    decoder = Decoder(Source(fd, images.never).read)
+    source = Source(fd, images.never)
+    decoder = Decoder(source.read)
     target = store.write(lambda txn: stream_in.begin(txn, args, decoder.head, view))
     total = images.image_size(fd)
-    stored = stream_in.store_frames(
-        store, target, decoder, progress=progress, total=total, batch_bytes=packing.BATCH_BYTES
+    stored = stream_fill.fill(
+        store, target, decoder, source, progress=progress, total=total, batch_bytes=packing.BATCH_BYTES
     )
     fields = store.write(lambda txn: stream_in.publish(txn, target, view))
     return {**fields, **stored.fields(), "snapshot": decoder.head.snapshot}

@@ -36,13 +36,23 @@ def write(store: Store, state: State, fd: int, *, progress: Progress, cancelled:
 
     Raises Damaged for a page that cannot be read, Busy for one that is still at a peer, Interrupted, StoreFull.
     """
+    reader = store.reader()
+    try:
+        # No snapshot of the store grows old while a receiver is slow: what is written is in memory by then.
+        sink = Sink(fd, cancelled, idle=reader.renew)
+        return {"size": state.size, "bytes_written": _write(reader, state, fd, sink, progress, cancelled)}
+    finally:
+        reader.close()
+
+
+def _write(reader: ReadTxn, state: State, fd: int, sink: Sink, progress: Progress, cancelled: Cancelled) -> int:
+    """Bytes of data that were written."""
     written = at = 0
-    sink = Sink(fd, cancelled)
     sparse = _can_be_sparse(fd)
     if sparse:
         os.ftruncate(fd, 0)
         os.ftruncate(fd, state.size)
-    for offset, data in _pieces(store, state, cancelled):
+    for offset, data in _pieces(reader, state, cancelled):
         if sparse:
             os.lseek(fd, offset, os.SEEK_SET)
         else:
@@ -55,7 +65,7 @@ def write(store: Store, state: State, fd: int, *, progress: Progress, cancelled:
         os.lseek(fd, state.size, os.SEEK_SET)
     else:
         _zeros(sink, state.size - at)
-    return {"size": state.size, "bytes_written": written}
+    return written
 
 
 def _can_be_sparse(fd: int) -> bool:
@@ -71,25 +81,21 @@ def _zeros(sink: Sink, count: int) -> None:
         count -= len(part)
 
 
-def _pieces(store: Store, state: State, cancelled: Cancelled) -> Iterator[Piece]:
+def _pieces(reader: ReadTxn, state: State, cancelled: Cancelled) -> Iterator[Piece]:
     """The data of the image, ascending; the read transaction never grows old."""
-    reader = store.reader()
-    try:
-        began = time.monotonic()
-        for leaf in list(reader.chain_leaves(state.layer)):
-            if cancelled():
-                raise Interrupted("the export was stopped")
-            if time.monotonic() - began > READER_S:
-                reader.renew()
-                began = time.monotonic()
-            try:
-                pieces = _of_leaf(reader, state, leaf)
-            except ObjectMissing:
-                reader.renew()  # moved meanwhile: once, in a fresh transaction
-                pieces = _of_leaf(reader, state, leaf)
-            yield from pieces
-    finally:
-        reader.close()
+    began = time.monotonic()
+    for leaf in list(reader.chain_leaves(state.layer)):
+        if cancelled():
+            raise Interrupted("the export was stopped")
+        if time.monotonic() - began > READER_S:
+            reader.renew()
+            began = time.monotonic()
+        try:
+            pieces = _of_leaf(reader, state, leaf)
+        except ObjectMissing:
+            reader.renew()  # moved meanwhile: once, in a fresh transaction
+            pieces = _of_leaf(reader, state, leaf)
+        yield from pieces
 
 
 def _of_leaf(reader: ReadTxn, state: State, leaf: int) -> list[Piece]:

@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import stat
+from collections.abc import Callable
 from typing import Final
 
 from silofs.errors import Interrupted, StoreFull, UserError
@@ -19,12 +20,17 @@ POLL_MS: Final = 200
 PIPE_BYTES: Final = 4096  # a pipe that can be written to takes this many bytes without blocking (pipe(7), PIPE_BUF)
 
 
-class Sink:
-    """Writes to a descriptor that may be a pipe."""
+def nothing() -> None:
+    pass
 
-    def __init__(self, fd: int, cancelled: Cancelled) -> None:
+
+class Sink:
+    """Writes to a descriptor that may be a pipe. `idle` is called now and then while nobody reads there."""
+
+    def __init__(self, fd: int, cancelled: Cancelled, *, idle: Callable[[], None] = nothing) -> None:
         self._fd = fd
         self._cancelled = cancelled
+        self._idle = idle
         mode = os.fstat(fd).st_mode
         self._waits = not (stat.S_ISREG(mode) or stat.S_ISBLK(mode))
 
@@ -37,6 +43,7 @@ class Sink:
                     raise Interrupted("the export was stopped")
                 if self._waits:
                     if not _ready(self._fd, select.POLLOUT):
+                        self._idle()
                         continue
                     view = view[os.write(self._fd, view[:PIPE_BYTES]) :]
                 else:
@@ -50,10 +57,11 @@ class Sink:
 
 
 class Source:
-    """Reads a descriptor that may be a pipe."""
+    """Reads a descriptor that may be a pipe. `idle` is called now and then while nothing comes."""
 
     def __init__(self, fd: int, cancelled: Cancelled) -> None:
-        self.cancelled = cancelled  # replaced by whoever goes on with it
+        self.cancelled = cancelled  # replaced, as `idle` is, by whoever goes on with it
+        self.idle: Callable[[], None] = nothing
         self._fd = fd
 
     def read(self, length: int) -> bytes:
@@ -63,6 +71,7 @@ class Source:
             if self.cancelled():
                 raise Interrupted("the import was stopped")
             if not _ready(self._fd, select.POLLIN):
+                self.idle()
                 continue
             part = os.read(self._fd, length)
             if not part:

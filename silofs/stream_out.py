@@ -38,14 +38,19 @@ def write(store: Store, sent: Sent, fd: int, *, progress: Progress, cancelled: C
     kept = chain.bytes if chain is not None else 0
     encoder = stream.Encoder(sent.head, chain)
     if not whole:
-        _send(store, sent, encoder, Sink(fd, cancelled), progress, cancelled)
+        reader = store.reader()
+        try:
+            # No snapshot of the store grows old while a receiver is slow: what is written is in memory by then.
+            _send(reader, sent, encoder, Sink(fd, cancelled, idle=reader.renew), progress, cancelled)
+        finally:
+            reader.close()
     done = encoder.chain
     counts = {"data_bytes": done.data_pages * PAGE, "zero_bytes": done.zero_pages * PAGE}
     return {"size": sent.head.size, "bytes_written": done.bytes - kept, "bytes_kept": kept, **counts}
 
 
 def _send(
-    store: Store, sent: Sent, encoder: stream.Encoder, sink: Sink, progress: Progress, cancelled: Cancelled
+    reader: ReadTxn, sent: Sent, encoder: stream.Encoder, sink: Sink, progress: Progress, cancelled: Cancelled
 ) -> None:
     """All frames from where the stream stands."""
     if not encoder.chain.number:
@@ -58,27 +63,23 @@ def _send(
         progress({"stage": "sending", "bytes_done": done, "bytes_written": encoder.chain.bytes, **steps})
 
     batch = _Batch(encoder, sink)
-    reader = store.reader()
-    try:
-        began = time.monotonic()
-        first = encoder.chain.page
-        leaves = [leaf for leaf in diff.suspects(reader, sent.base, sent.layer) if (leaf + 1) << LEAF_SHIFT > first]
-        for number, leaf in enumerate(leaves):
-            if cancelled():
-                raise Interrupted("the export was stopped")
-            if time.monotonic() - began > READER_S:
-                reader.renew()
-                began = time.monotonic()
-            try:
-                pieces = list(_pieces(reader, sent, leaf, first))
-            except ObjectMissing:
-                reader.renew()  # moved meanwhile: once, in a fresh transaction
-                pieces = list(_pieces(reader, sent, leaf, first))
-            for piece in pieces:
-                batch.add(piece)
-            report(number, len(leaves))
-    finally:
-        reader.close()
+    began = time.monotonic()
+    first = encoder.chain.page
+    leaves = [leaf for leaf in diff.suspects(reader, sent.base, sent.layer) if (leaf + 1) << LEAF_SHIFT > first]
+    for number, leaf in enumerate(leaves):
+        if cancelled():
+            raise Interrupted("the export was stopped")
+        if time.monotonic() - began > READER_S:
+            reader.renew()
+            began = time.monotonic()
+        try:
+            pieces = list(_pieces(reader, sent, leaf, first))
+        except ObjectMissing:
+            reader.renew()  # moved meanwhile: once, in a fresh transaction
+            pieces = list(_pieces(reader, sent, leaf, first))
+        for piece in pieces:
+            batch.add(piece)
+        report(number, len(leaves))
     batch.flush()
     sink.write(encoder.end())
 

@@ -14,10 +14,10 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from silofs import diffs, failpoints, images, packing, raw_out, stream_in, stream_out, verbs
+from silofs import diffs, failpoints, images, limits, packing, raw_out, stream_fill, stream_in, stream_out, verbs
 from silofs.control import Call
 from silofs.engine.volume import VolumeState
-from silofs.errors import UserError
+from silofs.errors import TryAgain, UserError
 from silofs.facts import Fields, View
 from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
@@ -131,10 +131,12 @@ class Transfers:
         target = await self._engine.transact(lambda txn: stream_in.begin(txn, args, decoder.head, view))
         failpoints.hit("stream.begun")
 
-        def read_frames(progress: images.Progress, cancelled: images.Cancelled) -> stream_in.Stored:
+        def read_frames(progress: images.Progress, cancelled: images.Cancelled) -> stream_fill.Stored:
             source.cancelled = cancelled
             batch, total = packing.SHARED_BATCH_BYTES, images.image_size(fd)
-            return stream_in.store_frames(store, target, decoder, progress=progress, total=total, batch_bytes=batch)
+            return stream_fill.fill(
+                store, target, decoder, source, progress=progress, total=total, batch_bytes=batch
+            )
 
         stored = await in_thread(call, read_frames)
         failpoints.hit("stream.before_publish")
@@ -190,8 +192,25 @@ def one_file(call: Call) -> int:
     return call.fds[0]
 
 
+_busy = 0  # threads that in_thread has now
+
+
 async def in_thread(call: Call, work: Callable[[images.Progress, images.Cancelled], T]) -> T:
-    """Run long synchronous work in a thread; its progress goes to the client, and a cancel makes it stop by itself."""
+    """Run long synchronous work in a thread; its progress goes to the client, and a cancel makes it stop by itself.
+
+    Raises TryAgain when too many run: short verbs need threads of the same pool.
+    """
+    global _busy
+    if _busy >= limits.TRANSFERS_MAX:
+        raise TryAgain(f"{_busy} imports, exports or checks are running", hint="wait until one of them has ended")
+    _busy += 1
+    try:
+        return await _in_thread(call, work)
+    finally:
+        _busy -= 1
+
+
+async def _in_thread(call: Call, work: Callable[[images.Progress, images.Cancelled], T]) -> T:
     latest: list[Fields] = []  # the newest report, or nothing; one list operation each side
     stop = threading.Event()
     done: list[T] = []

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from silofs import freezes, limits
+from silofs import arriving, freezes, limits
 from silofs.blocks import PAGE
 from silofs.errors import Busy, Exists, Interrupted, NoSuchVolume, NotOwner, UserError
 from silofs.facts import ROLES, Facts, Fields, View, departed, snapshot_fields, tombstone
@@ -24,6 +24,7 @@ from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_name, check_size
 from silofs.stream import Head
+from silofs.times import rfc3339
 
 Args = dict[str, Any]
 
@@ -140,7 +141,12 @@ def du(txn: ReadTxn, args: Args, view: View) -> Fields:
         shown = facts.info(volume)
         row = {key: shown[key] for key in ("name", "virtual_size", "allocated", "unique", "shared", "snapshots")}
         rows.append({**row, "freed_by_rm": facts.exclusive(volume, txn.chain(volume.head))})
-    return {"volumes": rows, "stored": sum(layer.own_pages for layer in txn.layers()) * PAGE}
+    kept = [
+        {"name": each.name, "bytes": txn.layer(each.layer).own_pages * PAGE, "since": rfc3339(each.since_ns)}
+        for each in arriving.found(txn).values()
+        if name in (None, each.name)
+    ]
+    return {"volumes": rows, "arriving": kept, "stored": sum(layer.own_pages for layer in txn.layers()) * PAGE}
 
 
 def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = never) -> Fields:
@@ -223,6 +229,7 @@ def rm(txn: WriteTxn, args: Args, view: View) -> Fields:
         plural = "s" if count > 1 else ""
         raise Busy(f"{name} has {count} snapshot{plural}", hint="repeat it with --yes to remove it with them")
     txn.delete_volume(volume.uuid)
+    arriving.forget_of(txn, name)
     return {"volume": name, "snapshot": None, "snapshots_removed": count}
 
 

@@ -127,6 +127,9 @@ def du_command(app: App, name: str | None) -> None:
             right=frozenset({1, 2, 3, 4}),
         ),
     )
+    for kept in fields["arriving"]:
+        what = f"{show_size(kept['bytes'])} of an interrupted import of {kept['name']} are kept"
+        app.note(f"{what}: run it again, or silofs import --abandon {kept['name']}")
 
 
 @click.command("snapshot", short_help="Keep the present state of volumes.")

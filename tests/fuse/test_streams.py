@@ -110,6 +110,9 @@ def test_a_backup_kept_up_to_date_over_a_pipe(mount: Mount, tmp_path: Path) -> N
         with backup.image("vm1").open("rb"):
             assert "is open" in backup.run("import", "--onto", "vm1", str(tmp_path / "fri")).stderr
         backup.silofs("rollback", "vm1@thu", "--yes")
+        backup.silofs("freeze", "vm1", "--owner", "nightly")
+        assert "frozen by nightly" in backup.run("import", "--onto", "vm1", str(tmp_path / "fri")).stderr
+        backup.silofs("thaw", "vm1")
         backup.silofs("import", "--onto", "vm1", str(tmp_path / "fri"))
 
 

@@ -178,10 +178,27 @@ def test_what_an_import_left_can_be_dropped(silofs: Silofs, there: Other, tmp_pa
     data = (tmp_path / "full").read_bytes()
     (tmp_path / "cut").write_bytes(data[: len(data) // 2])
     there.fails(2, "import", tmp_path / "cut", "vm1")
-    assert there.ok("import", "--abandon", "vm1")["bytes_dropped"] > 0  # type: ignore[operator]
-    assert there.ok("du")["stored"] == 0
+    (kept,) = there.ok("du")["arriving"]  # type: ignore[misc]
+    assert kept["name"] == "vm1"
+    assert there.ok("import", "--abandon", "vm1")["bytes_dropped"] == kept["bytes"] > 0
+    assert (there.ok("du")["stored"], there.ok("du")["arriving"]) == (0, [])
     assert there.fails(10, "import", "--abandon", "vm1")["code"] == "no_such_volume"
     assert there.ok("import", tmp_path / "full", "vm1")["bytes_skipped"] == 0
+
+
+def test_what_an_import_left_goes_with_its_volume(silofs: Silofs, there: Other, tmp_path: Path) -> None:
+    silofs.ok("create", "vm1", "--size", str(64 << 20))
+    silofs.ok("snapshot", "vm1@a")
+    silofs.ok("export", "vm1@a", tmp_path / "full", "--format", "stream")
+    silofs.ok("import", image(tmp_path / "i", 64 << 20, *range(8000)), "vm2")
+    silofs.ok("snapshot", "vm2@b")
+    silofs.ok("export", "vm2@b", tmp_path / "more", "--since", "vm1@a")
+    there.ok("import", tmp_path / "full", "vm1")
+    (tmp_path / "cut").write_bytes((tmp_path / "more").read_bytes()[:-100])
+    there.fails(2, "import", "--onto", "vm1", tmp_path / "cut")
+    assert there.ok("du")["stored"] > 0  # type: ignore[operator]
+    there.ok("rm", "vm1", "--yes")
+    assert (there.ok("du")["stored"], there.ok("du")["arriving"]) == (0, [])
 
 
 def frames_of(data: bytes) -> list[bytes]:
@@ -274,3 +291,33 @@ def test_through_a_pipe(
             there.ok("import", "-", name, *options)
             assert sender.wait() == 0
         assert content(silofs, there.path, name, tmp_path / "b") == (tmp_path / "i").read_bytes()
+
+
+def test_a_stream_where_an_image_is_expected(
+    silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silofs.ok("create", "vm1", "--size", "1M")
+    silofs.ok("snapshot", "vm1@a")
+    silofs.ok("export", "vm1@a", tmp_path / "full", "--format", "stream")
+    with subprocess.Popen(["cat", tmp_path / "full"], stdout=subprocess.PIPE) as sender:
+        monkeypatch.setattr(sys, "stdin", sender.stdout)
+        done = silofs("import", "-", "vm2")
+    assert done.code == 2
+    assert "--format stream" in done.err
+
+
+def test_what_the_store_has_is_not_stored_again(silofs: Silofs, tmp_path: Path) -> None:
+    """The same content under another name: a stream of it costs next to nothing."""
+    there = Other(silofs, tmp_path / "there")
+    source = tmp_path / "i"
+    source.write_bytes(random.Random(3).randbytes(SIZE))
+    silofs.ok("import", source, "vm1")
+    silofs.ok("snapshot", "vm1@a")
+    silofs.ok("export", "vm1@a", tmp_path / "full", "--format", "stream")
+    there.ok("import", source, "other")
+    before = (there.path / "data" / "data.mdb").stat().st_size
+    got = there.ok("import", tmp_path / "full", "vm1")
+    assert got["bytes_stored"] == SIZE
+    assert got["bytes_shared"] > SIZE * 15 // 16  # type: ignore[operator]  # the rest did not fill a container
+    assert there.ok("check", "--read-data")["damaged"] == 0
+    assert (there.path / "data" / "data.mdb").stat().st_size < before + SIZE // 8
