@@ -31,6 +31,7 @@ from silofs.errors import SiloError, TryAgain
 from silofs.freezing import Freezes
 from silofs.layers import memfd
 from silofs.layers.log import WriteLog
+from silofs.layers.notes import Notes
 from silofs.layers.requests import forget, remembered
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -107,6 +108,7 @@ class Daemon:
         self._store: Store
         self._log: WriteLog
         self._engine: Engine
+        self._learnt = 0  # places of the store that the last daemon died of
         self._state = "starting"
         self._draining = trio.Event()
         self._serving = trio.CancelScope()
@@ -126,11 +128,11 @@ class Daemon:
                 self._holder.send("able", abilities=extension.abilities, logs=memfd.KNOWN)
                 await self._session.initialise()
             elif message.op == "open":
-                refused = self._open(*message.fds)
+                refused = self._open(*message.fds, killed=int(message.fields.get("killed", signal.SIGBUS)))
                 if refused is not None:
                     return refused
                 opened = True
-                self._holder.send("opened")
+                self._holder.send("opened", learnt=self._learnt)
             elif message.op == "serve" and opened:
                 return await self._serve(message)
             elif message.op == "log":
@@ -139,14 +141,17 @@ class Daemon:
                 self._close()  # recover() has committed the log, and nothing was admitted since
                 return 0
 
-    def _open(self, lock: int, memory: int) -> int | None:
+    def _open(self, lock: int, memory: int, *, killed: int) -> int | None:
         """Open the store and replay the log; the exit status when that cannot be done, after the holder was told."""
         try:
-            logged = WriteLog.formatted(memory)
-            self._store = Store.open(Path(self._args.store), lock_fd=lock, replay=not logged)
+            path, logged = Path(self._args.store), WriteLog.formatted(memory)
+            notes = self._look_back(path, memfd.Memfd(memory), killed) if logged else None
+            self._store = Store.open(path, lock_fd=lock, replay=not logged, notes=notes)
             if not logged:
                 WriteLog.format(memory, self._store.uuid)
             self._log = WriteLog.open(memory, self._store.uuid)
+            if notes is None and self._log.memory.superblock.notes:
+                self._store.take_notes(Notes(self._log.memory.notes))
             self._engine = Engine(self._store, self._log)
             self._engine.recover()
         except (SiloError, OSError) as error:
@@ -157,6 +162,15 @@ class Daemon:
             )
             return refusal.exit_code
         return None
+
+    def _look_back(self, path: Path, memory: memfd.Memfd, killed: int) -> Notes | None:
+        """The notes of the last daemon; what it died of is known afterwards. None: its program took none."""
+        if not memory.superblock.notes:
+            return None
+        notes = Notes(memory.notes)
+        if killed == signal.SIGBUS:
+            self._learnt = Store.learn(path, notes)
+        return notes
 
     # Serving
 
@@ -279,6 +293,7 @@ class Daemon:
             "open_handles": len(self._log.handles),
             "requests_refused": self._adapter.counters.refused,
             "handler_bugs": self._adapter.counters.bugs,
+            "quarantined": self._store.quarantined(),
         }
 
     def _space(self) -> Space:

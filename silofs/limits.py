@@ -53,6 +53,7 @@ CONTAINER_REFS_MAX = 30000  # references to one of its pages: they are counted i
 HANDLES_MAX = 4096  # open handles per mount
 LOCKS_MAX = 8192  # byte range locks per mount, and
 LOCKS_HANDLE_MAX = 1024  # set through one handle
+QUARANTINE_MAX = 1024  # places that the medium cannot give
 NOTES_MAX = 64  # who may look at pages of the store at a time and say so in the memfd
 
 # Caches

@@ -159,6 +159,7 @@ def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = n
         progress({"stage": "checking", "steps_done": done, "steps_total": total})
 
     found = scrub(store.path, read_data=read_data, progress=step)
+    store.look_again()  # the child has taken out of the quarantine what can be read
     findings = [
         {"code": f.code, "message": f.message, "volume": f.volume or None, "layer": f.layer, "page": f.page}
         for f in found.findings

@@ -36,7 +36,7 @@ from silofs.limits import WARM_OBJECTS
 class Warm:
     """Views of objects (and a mark for lone pages) by object id."""
 
-    __slots__ = ("_lately", "_map_bytes", "_newest", "_txn", "objects", "young")
+    __slots__ = ("_lately", "_map_bytes", "_mark", "_newest", "_txn", "objects", "young")
 
     def __init__(self, txn: ReadTxn) -> None:
         self.look_into(txn)
@@ -46,6 +46,7 @@ class Warm:
     def look_into(self, txn: ReadTxn) -> None:
         """`txn` is the loop's snapshot from now on."""
         self._txn = txn
+        self._mark = txn.mark_loop()
         self._map_bytes = txn.map_bytes
         self._newest = self._lately = txn.state.next_object
 
@@ -67,6 +68,7 @@ class Warm:
                 return None
         if ref & KIND_MASK != DATA:
             return self._lone(ref)
+        self._mark[1] = object_id  # its pages may have left the page cache, and be lost to the medium
         slot = ref >> SLOT_SHIFT & SLOT_MASK
         at = HEADER_BYTES + (slot << 12)
         page = view[at : at + 4096]
@@ -82,6 +84,7 @@ class Warm:
         view = self._view(ref)
         if view is None:
             return None
+        self._mark[1] = object_id
         slot = ref >> SLOT_SHIFT & SLOT_MASK
         at = start = HEADER_BYTES + (slot << 12)
         seed = ref >> SLOT_SHIFT

@@ -18,6 +18,7 @@ from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume, StoreBroken
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Merge, Ownership, R, Snapshot, State, Volume
 from silofs.layers.environment import Environment
+from silofs.layers.quarantine import describe
 from silofs.layers.schema import Table
 
 NO_FLOOR: Final = 1 << 62
@@ -29,6 +30,8 @@ class CatalogReader:
     def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview] | None = None) -> None:
         self._environment = environment
         self._reads_only = txn is None
+        self._notes = environment.notes
+        self._note = self._notes.take() if self._reads_only else self._notes.writer
         self._begin(txn or environment.begin())
 
     def _begin(self, txn: lmdb.Transaction[memoryview]) -> None:
@@ -51,6 +54,8 @@ class CatalogReader:
     def close(self) -> None:
         """End the transaction; idempotent."""
         self._txn.abort()
+        if self._reads_only:
+            self._notes.give_back(self._note)
 
     def __enter__(self) -> CatalogReader:
         return self
@@ -60,11 +65,19 @@ class CatalogReader:
 
     def room(self) -> int:
         """Bytes that writes may still take, as of this state; less than 0 when the reserve is touched."""
-        return self._environment.held.room(self._environment.unused_bytes(self._txn))
+        return self._environment.held.room(self._environment.unused_bytes(self._txn, self._note))
 
     def held_bytes(self) -> int:
         """Of the store's blocks those that are only held for writes to come."""
         return self._environment.held.statistics().held_bytes
+
+    def quarantined(self) -> list[str]:
+        """What of the store the medium cannot give, a line each."""
+        return [describe(place) for place in self._environment.bad or ()]
+
+    def mark_loop(self) -> memoryview:
+        """Where the event loop says which object it reads, by view: see Notes."""
+        return self._notes.mark_loop()
 
     @property
     def map_bytes(self) -> int:
@@ -74,11 +87,19 @@ class CatalogReader:
     # Records
 
     def fetch(self, table: Table, key: bytes) -> memoryview | None:
-        """The raw value, None when there is none; Damaged when LMDB's tree is."""
+        """The raw value, None when there is none; Damaged when LMDB's tree is, or the medium cannot give it."""
+        self._look_up(table, key)
         try:
             return self._txn.get(key, db=self._environment.tables[table])
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
+
+    def _look_up(self, table: Table, key: bytes) -> None:
+        """Before pages of the map are touched for a key: say so. Damaged when a daemon is known to die of that."""
+        self._note.look_up(table, key)
+        bad = self._environment.bad
+        if bad is not None:
+            bad.refuse(table, key)
 
     def _unreadable(self, table: Table, error: lmdb.Error) -> Damaged:
         """What to raise. Another transaction takes the place of one that only reads, if it shows the same state.
@@ -103,7 +124,10 @@ class CatalogReader:
 
     def scan(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, memoryview]]:
         """Every (key, value) whose key starts with `prefix`, ascending. Changes nothing while it runs."""
+        if (bad := self._environment.bad) is not None:
+            bad.refuse_scan(table, prefix=prefix)
         try:
+            self._note.go_through(table.number)
             cursor = self._txn.cursor(db=self._environment.tables[table])
             found = cursor.set_range(prefix) if prefix else cursor.first()
             while found:
@@ -111,18 +135,23 @@ class CatalogReader:
                 if prefix and bytes(key[: len(prefix)]) != prefix:
                     return
                 yield checked_key(table, key), value
+                self._note.go_through(table.number)
                 found = cursor.next()
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
 
     def scan_keys(self, table: Table, start: bytes = b"") -> Iterator[bytes]:
         """Every key from `start` on, ascending. Values are not touched: of large ones that is much cheaper."""
+        if (bad := self._environment.bad) is not None:
+            bad.refuse_scan(table, start=start, values=False)
         try:
+            self._note.go_through(table.number)
             cursor = self._txn.cursor(db=self._environment.tables[table])
             if start and not cursor.set_range(start):
                 return
             for key in cursor.iternext(keys=True, values=False):
                 yield checked_key(table, key)
+                self._note.go_through(table.number)
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
 

@@ -76,8 +76,8 @@ class _Checker:
 
     def run(self, read_data: bool) -> None:
         steps: list[Callable[[], None]] = [
-            self._counts, self._catalog, self._tree, self._live_records, self._leaf_records, self._objects,
-            self._containers.check, self._data_pages,
+            self._quarantine, self._counts, self._catalog, self._tree, self._live_records, self._leaf_records,
+            self._objects, self._containers.check, self._data_pages,
         ]  # fmt: skip
         if read_data:
             steps += [self._data, self._containers.read]
@@ -119,6 +119,11 @@ class _Checker:
                     expected = self._state.rows.get(table.name, 0)
                     if found != expected:
                         self._report("count", f"table {table.name} has {found} records, {expected} are on record")
+
+    def _quarantine(self) -> None:
+        """What daemons have died of."""
+        for line in self._txn.quarantined():
+            self._report("quarantine", line)
 
     def _catalog(self) -> None:
         self._layers = {layer.id: layer for _, layer in self._records(schema.LAYER, Layer)}

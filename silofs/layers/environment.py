@@ -18,6 +18,8 @@ from lmdb import verify
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
 from silofs.layers.held import Held
+from silofs.layers.notes import Note, Notes
+from silofs.layers.quarantine import Quarantine
 from silofs.layers.schema import ENGINE_MAJOR, FORMAT_VERSION, TABLES, Table
 from silofs.layers.unpacked import UnpackedBlocks
 from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, UNPACKED_BLOCKS
@@ -42,10 +44,16 @@ class Environment:
         map_bytes: int | None = None,
         version: int = FORMAT_VERSION,
         held: Held | None = None,
+        notes: Notes | None = None,
     ) -> None:
+        """What is in the store's quarantine is not touched. StoreBroken when that is needed for everything."""
         self.path = path
         self.data_file = path / DATA_FILE
         self.held = held or Held(self.data_file)
+        self.notes = notes or Notes()
+        self.bad: Quarantine | None = None
+        self.look_again()
+        self.notes.writer.go_through(0)
         self.unpacked = UnpackedBlocks(UNPACKED_BLOCKS)
         self.map_bytes = map_bytes or _map_bytes(path)
         try:
@@ -72,6 +80,13 @@ class Environment:
         except lmdb.Error as error:
             self.lmdb.close()
             raise BadFormat(f"{self.data_file} is not a whole store: {error}") from error
+        self.notes.writer.clear()
+
+    def look_again(self) -> None:
+        """Take up what the quarantine has now, and what of it can be read again."""
+        found = Quarantine.load(self.path.parent, self.data_file)
+        found.refuse_all()
+        self.bad = found or None
 
     def begin(self, *, write: bool = False) -> lmdb.Transaction[memoryview]:
         """A transaction whose values are views. StoreBroken when not even a reader can begin, as after some errors."""
@@ -86,11 +101,17 @@ class Environment:
         """Make a table that this store does not have yet, as part of a transaction."""
         self.tables[table] = self.lmdb.open_db(table.name.encode(), txn=txn)
 
-    def unused_bytes(self, txn: lmdb.Transaction[memoryview]) -> int:
-        """Bytes of the file that no table uses: what later transactions can write to before the file grows."""
+    def unused_bytes(self, txn: lmdb.Transaction[memoryview], note: Note) -> int:
+        """Bytes of the file that no table uses: what later transactions can write to before the file grows.
+
+        `note`: the caller's. LMDB looks at the root of every table for this.
+        """
         used = 0
-        for table in self.tables.values():
-            pages = txn.stat(table)
+        for table, handle in self.tables.items():
+            if self.bad is not None and self.bad.has_root(table):
+                continue
+            note.go_through(table.number)
+            pages = txn.stat(handle)
             used += pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
         return max(0, self.lmdb.info()["last_pgno"] + 1 - used) * PAGE
 

@@ -7,7 +7,7 @@ Little-endian; every area starts on a multiple of 4096:
     handle table   handle slots x 64 bytes (silofs/layers/handles.py)
     ring           the records of the write log
     lock table     64 bytes, then lock slots x 64 (silofs/layers/locks.py)       } since version 2
-    notes          note slots x 64 bytes: who is reading what of the store        }
+    notes          note slots x 64 bytes (silofs/layers/notes.py)                }
 
 A version adds areas behind those that there were, and moves none. So a log of an earlier version, which a daemon of an
 earlier program has left, is read as it is, and becomes one of this version in place (`upgrade`): the file is made

@@ -18,7 +18,7 @@ from silofs.errors import Damaged
 from silofs.layers import schema
 from silofs.layers.environment import Environment
 from silofs.layers.puts import Puts
-from silofs.layers.schema import Buffer, Refs
+from silofs.layers.schema import Buffer, Refs, Table
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class ObjectChanges(Puts):
         kinds = schema.kinds(refs)
         for reference in refs[kinds == schema.LONE].tolist():
             key = schema.KEY.pack(schema.object_of(reference))
-            if not (self._delete(schema.PAGES, key) & self._delete(schema.NAME, key)):
+            if not (self._remove(schema.PAGES, key) & self._remove(schema.NAME, key)):
                 log.error("lone page %d was released and is not whole", schema.object_of(reference))
         packed = refs[kinds == schema.DATA]
         if len(packed):
@@ -118,6 +118,14 @@ class ObjectChanges(Puts):
             self._released_count += len(packed)
             if self._released_count > RELEASED_MAX:
                 ObjectChanges.settle(self)  # not what others keep back: they may be half way through a change
+
+    def _remove(self, table: Table, key: bytes) -> bool:
+        """Remove what nothing refers to any more; what the medium cannot give stays where it is."""
+        try:
+            return self._delete(table, key)
+        except Damaged as error:
+            log.error("%s; it keeps its space", error)
+            return True
 
     def settle(self) -> None:
         """Bring the live bitmaps up to date; remove objects of which nothing is live."""
@@ -161,8 +169,8 @@ class ObjectChanges(Puts):
             row[at_rows] = np.where(sound, before & ~cleared, before)
             for object_id in ids[sound & (row[at_rows] == 0)].tolist():
                 object_key = schema.KEY.pack(object_id)
-                self._delete(schema.OBJECT, object_key)
-                self._delete(schema.NAME, object_key)
+                self._remove(schema.OBJECT, object_key)
+                self._remove(schema.NAME, object_key)
         self.settled[group] = tally(row)
         if row.any():
             self._put(schema.LIVE, key, schema.seal_record(schema.LIVE, key, row.tobytes()))

@@ -33,10 +33,12 @@ class Puts(ReadTxn):
     # Keys
 
     def _put(self, table: Table, key: bytes, value: Buffer, *, append: bool = False) -> None:
+        self._look_up(table, key)
         self.keys_changed += 1
         self._txn.put(key, value, append=append, db=self._environment.tables[table])
 
     def _delete(self, table: Table, key: bytes) -> bool:
+        self._look_up(table, key)
         self.keys_changed += 1
         return self._txn.delete(key, db=self._environment.tables[table])
 

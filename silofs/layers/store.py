@@ -29,7 +29,9 @@ from silofs.layers.filesystem import free_bytes, refuse_network, sync_directory
 from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.held import Held, worst_case
+from silofs.layers.notes import Notes
 from silofs.layers.pending import Pending
+from silofs.layers.quarantine import Quarantine, describe, learn
 from silofs.layers.reader import ReadTxn
 from silofs.layers.replay import recover_journal
 from silofs.layers.rewrite import Budget, Policy, Stepped, take
@@ -98,13 +100,16 @@ class Store:
         map_bytes: int | None = None,
         verify: bool = True,
         replay: bool = True,
+        notes: Notes | None = None,
     ) -> Store:
         """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
 
         NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone), Unsupported (on a
         network file system). Nothing is made here, but a store of an older version becomes one of this version.
         Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
+        StoreBroken when the medium cannot give a page without which nothing can be done.
         The journal is replayed first; `replay=False` only for who has the write log itself, and replays that.
+        `notes`: where to say what is looked at, for a successor.
         """
         mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
         if not mark.exists() and not data.exists():
@@ -117,10 +122,13 @@ class Store:
         own_fd = _take_lock(path) if lock_fd is None else -1
         try:
             check_file(data / DATA_FILE)
+            Quarantine.load(path, data / DATA_FILE).refuse_all()
+            notes = notes or Notes()
+            notes.writer.go_through(0)
             found = read_format(data)
             if found.version < schema.FORMAT_VERSION:
                 upgrade(data, found)
-            environment = Environment(data, map_bytes=map_bytes)
+            environment = Environment(data, map_bytes=map_bytes, notes=notes)
             if verify:
                 with ReadTxn(environment) as txn:
                     verify_catalog(txn)
@@ -224,6 +232,23 @@ class Store:
         self._readers.add(reader)
         return reader
 
+    def take_notes(self, notes: Notes) -> None:
+        """Say there what is looked at, from now on."""
+        self._environment.notes = notes
+
+    @staticmethod
+    def learn(path: Path, notes: Notes) -> int:
+        """Put into quarantine what a daemon died of, by its notes; how many places that is. Before `open`."""
+        return learn(path, path / DATA_DIRECTORY / DATA_FILE, notes)
+
+    def quarantined(self) -> list[str]:
+        """What the medium cannot give, a line each."""
+        return [describe(place) for place in self._environment.bad or ()]
+
+    def look_again(self) -> None:
+        """Take out of the quarantine what can be read again. May wait for the medium."""
+        self._environment.look_again()
+
     # After an error
 
     @property
@@ -250,7 +275,7 @@ class Store:
             _drop_cache(data / DATA_FILE)
             check_file(data / DATA_FILE)
             read_format(data)
-            self._environment = Environment(data, held=self.held)
+            self._environment = Environment(data, held=self.held, notes=self._environment.notes)
             with ReadTxn(self._environment) as txn:
                 verify_catalog(txn)
             self._start_writer()  # commits once

@@ -113,12 +113,14 @@ class Writer:
             write = WriteTxn(self._environment, txn, self.warm, self._usage)
             value = function(write)
             write.finish()
-            unused = self._environment.unused_bytes(txn)
+            unused = self._environment.unused_bytes(txn, self._environment.notes.writer)
             started = time.monotonic()
             txn.commit()
         except BaseException:
             txn.abort()
             raise
+        finally:
+            self._environment.notes.writer.clear()
         if write.changed:
             self._measure(unused)
         self.commits += write.changed
