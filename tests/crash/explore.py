@@ -3,9 +3,8 @@
     python -m tests.crash.explore DIRECTORY [--cuts N] [--seed N] [--part I/N]
 
 DIRECTORY is what test_powercut.py or scripts/soak recorded: the disk's writes, `story.json`, and `marks`, the moments
-at which failpoints were passed. Half of the cuts are put just behind marks, all names in turn, the rest anywhere. Runs
-in a mount namespace of its own (`explore` below), so that nothing is left mounted whatever happens to it. The last line
-of stdout is JSON: cuts, the names of the steps that were cut, and problems.
+at which failpoints were passed. Half of the cuts are put just behind marks, all names in turn, the rest anywhere. The
+last line of stdout is JSON: cuts, the names of the steps that were cut, and problems.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from silofs.layers.check import check
 from silofs.layers.reader import ReadTxn
 from silofs.layers.store import Store
 from tests.crash.content import Torn, numbers, print_of
-from tests.crash.powercut import Entry, Replay
+from tests.crash.powercut import CUT, Entry, Replay
 from tests.crash.story import Expected
 from tests.harness import ROOT
 from tests.storerig import read_layer
@@ -44,10 +43,13 @@ class Explored:
 
 
 def explore(directory: Path, *, cuts: int, seed: int = 1) -> Explored:
-    """Run the explorer in a process and a mount namespace of its own."""
-    command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.crash.explore"]
-    command += [str(directory), "--cuts", str(cuts), "--seed", str(seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    """Run the explorer in a process of its own, and clean up after it however it ends."""
+    command = [sys.executable, "-m", "tests.crash.explore", str(directory), "--cuts", str(cuts), "--seed", str(seed)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finally:
+        if (directory / CUT).is_mount():
+            subprocess.run(["umount", "--lazy", directory / CUT], check=False)
     last = done.stdout.strip().splitlines()[-1:]
     if done.returncode or not last:
         said = f"{done.stdout[-2000:]}{done.stderr[-3000:]}"

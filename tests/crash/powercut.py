@@ -24,6 +24,7 @@ from tests.harness import ROOT, until
 
 PIECES = (512, 4096)  # what a disk writes whole
 BLOCK = 4096
+CUT = "cut"  # where a state is mounted
 DISK_MIB = 512
 
 
@@ -104,7 +105,7 @@ class Replay:
     @contextmanager
     def cut(self, count: int, rng: random.Random) -> Iterator[Path]:
         """The disk after a power cut that came with `count` entries in the log, mounted; yields the mountpoint."""
-        image, mountpoint = self._directory / "cut.image", self._directory / "cut"
+        image, mountpoint = self._directory / "cut.image", self._directory / CUT
         mountpoint.mkdir(exist_ok=True)
         self._advance(count)
         self._write(image, self._survivors(count, rng))

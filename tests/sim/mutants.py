@@ -64,8 +64,7 @@ class AutoResume(SourceMachine):
     def _on_timeout(self, now: float) -> None:
         if self.state is SourceState.CEDED:
             self.ownership = {
-                uuid: replace(owner, role=Role.OWNER, epoch=owner.epoch + 1)
-                for uuid, owner in self.ownership.items()
+                uuid: replace(owner, role=Role.OWNER, epoch=owner.epoch + 1) for uuid, owner in self.ownership.items()
             }
             self._cancel_as_owner()
         else:

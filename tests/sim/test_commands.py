@@ -192,9 +192,11 @@ def test_cancel_before_the_commit_point_leaves_the_source_as_it_was(at: SourceSt
     world.until(world.settled_pair)
     finish(world, world.a, 1)
     assert ended(world).reason is ms.Refusal.CANCELLED
-    assert role(world, world.b) is Role.NONE and not world.b.cache.migrations and not world.b.cache.layers.keys() - {
-        b"golden----------"
-    }
+    assert (
+        role(world, world.b) is Role.NONE
+        and not world.b.cache.migrations
+        and not world.b.cache.layers.keys() - {b"golden----------"}
+    )
 
 
 def test_cancel_while_the_outcome_of_ceding_is_unknown_is_refused() -> None:

@@ -853,4 +853,3 @@ class World:
             + f" pending {[type(a).__name__ for _, a in node.pending]}"
             for node in self.nodes
         )
-

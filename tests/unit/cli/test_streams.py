@@ -279,9 +279,7 @@ def test_an_export_that_was_interrupted_goes_on(silofs: Silofs, tmp_path: Path) 
     assert out.read_bytes() == whole
 
 
-def test_through_a_pipe(
-    silofs: Silofs, there: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_through_a_pipe(silofs: Silofs, there: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silofs.ok("import", image(tmp_path / "i", SIZE, *range(0, 4000, 3)), "vm1")
     silofs.ok("snapshot", "vm1@a")
     command = [sys.executable, "-m", "silofs.cli.main", "--store", str(silofs.store), "export", "vm1@a", "-", "-q"]
@@ -293,9 +291,7 @@ def test_through_a_pipe(
         assert content(silofs, there.path, name, tmp_path / "b") == (tmp_path / "i").read_bytes()
 
 
-def test_a_stream_where_an_image_is_expected(
-    silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_where_an_image_is_expected(silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silofs.ok("create", "vm1", "--size", "1M")
     silofs.ok("snapshot", "vm1@a")
     silofs.ok("export", "vm1@a", tmp_path / "full", "--format", "stream")

@@ -127,9 +127,7 @@ def test_a_header_of_the_past_is_refused(made: Path) -> None:
         Store.open(made)
 
 
-def test_file_systems_of_the_network_are_refused(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_systems_of_the_network_are_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "30 1 0:53 / / rw,relatime shared:1 - nfs4 host:/srv rw\n"
     (tmp_path / "mountinfo").write_text(line)
     monkeypatch.setattr("silofs.layers.filesystem.MOUNTS", tmp_path / "mountinfo")

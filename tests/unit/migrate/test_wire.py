@@ -125,9 +125,7 @@ def test_a_frame_that_is_not_exactly_right_is_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "", ".hidden", "a/b", "a\0", "ä", "-rf", "x" * 129, "vm\n"])
 def test_names_from_a_peer_are_names(name: str) -> None:
-    payload = msgspec.msgpack.encode(
-        ["offer", M, S, [[b"v" * 16, 2]], [[b"v" * 16, name, 4096, 1, []]], False, b""]
-    )
+    payload = msgspec.msgpack.encode(["offer", M, S, [[b"v" * 16, 2]], [[b"v" * 16, name, 4096, 1, []]], False, b""])
     with pytest.raises(ProtocolError):
         decode(frame(1, payload))
 
