@@ -184,9 +184,10 @@ class Daemon:
         held.register(service)
 
         async with trio.open_nursery() as nursery:
+            peers = Peers(self._engine, self._args.listen)
             await nursery.start(self._engine.run)
             await nursery.start(held.run)
-            await Peers(self._engine, self._args.listen).start(nursery, service)
+            await peers.start(nursery, service)
             requests = await self._take_up()
             service.settled = requests.settled.wait
             log, guard = self._log, service.guard

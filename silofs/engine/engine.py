@@ -6,7 +6,7 @@ the admission, `Commits` what is pending and in flight, and this class which vol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import trio
@@ -29,6 +29,7 @@ from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.log import WriteLog
 from silofs.layers.pending import Buffer
 from silofs.layers.policies import policies
+from silofs.layers.reader import ReadTxn
 from silofs.layers.replay import Recovered, recover
 from silofs.layers.rewrite import Stepped
 from silofs.layers.store import Store
@@ -61,6 +62,7 @@ class Engine:
         self.commits = Commits(store, log, self.reads, self._threads)
         self.commits.refresh = self._refresh
         self.commits.replace = self._replace
+        self.moving: Callable[[ReadTxn], Collection[bytes]] = lambda txn: ()  # volumes of unfinished migrations
         self.background = Background(store, self.commits, self._quiet, policies(store.usage, self._held))
         self.writes = Writes(log, self.reads, self.commits)
         self.ranges = Ranges(self.reads, self.writes, self.commits)
@@ -293,9 +295,14 @@ class Engine:
                 view.head = successor
                 self._layers[successor] = view
 
-    def _held(self) -> set[int]:
-        """Layers whose snapshots are open. Called by the writer's thread too."""
-        return {handle.layer for handle in self.log.handles.items() if handle.layer}
+    def _held(self, txn: ReadTxn) -> set[int]:
+        """Layers not to be merged: open through the mount, or of volumes on the move. Called by the writer."""
+        held = {handle.layer for handle in self.log.handles.items() if handle.layer}
+        for uuid in self.moving(txn):
+            if txn.has_volume(uuid):
+                tops = [txn.volume(uuid).head, *(snapshot.layer for snapshot in txn.snapshots(uuid))]
+                held |= {layer.id for top in tops for layer in txn.chain(top)}
+        return held
 
     # What the records say
 

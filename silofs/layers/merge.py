@@ -17,6 +17,7 @@ from silofs.blocks import pages_for
 from silofs.errors import Damaged
 from silofs.layers import catalog, join, schema
 from silofs.layers.catalog import Layer, Merge, Way
+from silofs.layers.reader import ReadTxn
 from silofs.layers.rewrite import Budget, Policy
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import MERGE_DEPTH
@@ -31,6 +32,9 @@ SHED_SHARE: Final = 16  # ... so small a part of the lower layer's, are newly hi
 SHED_S: Final = 600.0  # or after this time: what a discard hides is not counted
 
 
+Held = Callable[[ReadTxn], Collection[int]]
+
+
 @dataclass
 class Pass:
     """One walk over what a head hides."""
@@ -42,11 +46,11 @@ class Pass:
 
 
 class MergeLayers(Policy):
-    """Puts layers together that nothing names. `held`: layers whose snapshots are open through the mount."""
+    """Puts layers together that nothing names. `held`: layers that someone outside the store knows by id or uuid."""
 
     name = "merge"
 
-    def __init__(self, held: Callable[[], Collection[int]] = tuple) -> None:
+    def __init__(self, held: Held = lambda txn: ()) -> None:
         self._held = held
         self._passes: dict[int, Pass] = {}
         self._damaged: set[int] = set()
@@ -61,8 +65,10 @@ class MergeLayers(Policy):
         merges = txn.merges()
         self.under_way = len(merges)
         uppers = {merge.upper for merge in merges}
+        held = self._held(txn) if merges else ()
         for merge in merges:
-            if merge.lower not in self._damaged and self._carry_on(txn, merge, merge.lower in uppers, budget):
+            left_alone = merge.lower in self._damaged or merge.lower in held or merge.upper in held
+            if not left_alone and self._carry_on(txn, merge, merge.lower in uppers, budget):
                 return True
         return self._look(txn)
 
@@ -83,8 +89,8 @@ class MergeLayers(Policy):
             if merge.way == Way.UP:
                 self.ended += not join.up(txn, merge, budget)
             else:
-                if not upper.leaves and (upper.pins or upper.id in self._held()):
-                    return False  # whoever holds it by its id
+                if not upper.leaves and upper.pins:
+                    return False  # someone holds it by its id
                 self.ended += not join.down(txn, merge, budget)
         except Damaged as error:
             if txn.spoilt is None:
@@ -125,15 +131,16 @@ class MergeLayers(Policy):
             self._seen, self._looked, self._look_at = seen, time.monotonic(), 1
         if not self._look_at:
             return False
-        held, now = self._held(), time.time_ns()
+        held, now = self._held(txn), time.time_ns()
         last = 0
         for upper in islice(txn.layers_from(self._look_at), LOOK_LAYERS):
             last = upper.id
             lower = txn.layer(upper.parent) if upper.parent else None
-            if lower is not None and lower.id not in held and self._fit(txn, lower, upper, now):
-                join.begin(txn, lower, upper)
-                self.begun += 1
-                return True
+            if lower is None or lower.id in held or upper.id in held or not self._fit(txn, lower, upper, now):
+                continue
+            join.begin(txn, lower, upper)
+            self.begun += 1
+            return True
         self._look_at = last + 1 if last else 0
         return bool(last)
 

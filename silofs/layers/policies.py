@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from silofs.layers.clean import Clean
-from silofs.layers.merge import MergeLayers
+from silofs.layers.merge import Held, MergeLayers
 from silofs.layers.rewrite import Policy, Reap
 from silofs.layers.store import Store
 from silofs.layers.usage import Usage
@@ -15,7 +15,7 @@ from silofs.layers.usage import Usage
 DRAIN_STEPS: Final = 100_000  # a policy that never ends is a bug
 
 
-def policies(usage: Usage, held: Callable[[], Collection[int]] = tuple) -> list[Policy]:
+def policies(usage: Usage, held: Held = lambda txn: ()) -> list[Policy]:
     """Every policy, in the order of their turns. `usage`: of the store that they are for; `held`: see MergeLayers."""
     return [Reap(), Clean(usage), MergeLayers(held)]
 

@@ -246,7 +246,10 @@ class VolumeChanges(Changes):
 
     def take_snapshot(self, uuid: bytes, name: str) -> Snapshot:
         """Seal, and name what was sealed."""
+        known = self.unchanged(uuid)
         layer = self.seal(uuid)
+        if not known:
+            self.change_layer(layer.id, kept_ns=0)  # it has a name; without that there is no reason to keep it
         return self.add_snapshot(uuid, name, layer.id)
 
     def add_snapshot(self, uuid: bytes, name: str, layer_id: int, *, created_ns: int | None = None) -> Snapshot:
@@ -270,7 +273,7 @@ class VolumeChanges(Changes):
         snapshot = self.find_snapshot(uuid, name)
         self.delete_record(schema.SNAPSHOT, catalog.snapshot_key(uuid, name))
         layer = self.layer(snapshot.layer)
-        self.change_layer(layer.id, snapshots=layer.snapshots - 1, kept_ns=0)
+        self.change_layer(layer.id, snapshots=layer.snapshots - 1)
         self.drop_if_free(layer.id)
 
     def clone(

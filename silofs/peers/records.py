@@ -70,6 +70,13 @@ def stored(reader: ReadTxn) -> list[MigrationRecord]:
     return [msgspec.msgpack.decode(data, type=MigrationRecord) for data in reader.values(TABLE).values()]
 
 
+def moving(reader: ReadTxn) -> set[bytes]:
+    """The volumes of open migrations."""
+    if not reader.state.rows.get(TABLE):
+        return set()
+    return {volume.uuid for record in stored(reader) for volume in record.volumes}
+
+
 def apply(txn: WriteTxn, commit: Commit, record: MigrationRecord | None) -> set[bytes]:
     """Everything that a `Commit` asks for; `record` is the machine's latest one. Returns the uuids of the volumes
     whose records, names or content changed.

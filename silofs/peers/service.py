@@ -7,7 +7,7 @@ from typing import Any
 import trio
 
 from silofs.engine import Engine
-from silofs.peers import identity, tls
+from silofs.peers import identity, records, tls
 from silofs.peers.book import Book
 from silofs.peers.hub import Hub
 from silofs.peers.listener import Listener
@@ -18,7 +18,10 @@ from silofs.service import Service
 
 
 class Peers:
-    """Everything about peers in one daemon. `start` it in the daemon's nursery before the mount serves requests."""
+    """Everything about peers in one daemon. Made before the engine runs, which asks it which volumes are on the move;
+
+    `start` it in the daemon's nursery before the mount serves requests.
+    """
 
     def __init__(self, engine: Engine, listen: str | None) -> None:
         self._identity = identity.ensure(engine.store.path)
@@ -29,6 +32,7 @@ class Peers:
         reads = RemoteReads(self._migrations)
         self._migrations.reads = reads
         engine.attach(reads)
+        engine.moving = records.moving
         self._listener: Listener | None = None
         if listen is not None:
             self._listener = Listener(

@@ -52,8 +52,8 @@ class Node:
         self.service = Service(self.engine)
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(self.engine.run)
                 self.peers = Peers(self.engine, self.listen)
+                await nursery.start(self.engine.run)
                 await self.peers.start(nursery, self.service)
                 yield self
                 nursery.cancel_scope.cancel()
