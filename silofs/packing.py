@@ -18,11 +18,9 @@ import numpy as np
 
 from silofs import limits
 from silofs.blocks import PAGE
-from silofs.errors import Damaged, ObjectMissing
 from silofs.layers import containers
-from silofs.layers.containers import BLOCK_PAGES, BLOCK_SHIFT, Block
-from silofs.layers.pack import Laid, Packed
-from silofs.layers.reader import ReadTxn
+from silofs.layers.containers import BLOCK_PAGES, BLOCK_SHIFT
+from silofs.layers.pack import Laid, Packed, prepare
 from silofs.layers.schema import Buffer
 from silofs.layers.store import Store
 
@@ -142,27 +140,3 @@ def _prepare(store: Store, blocks: list[tuple[int, int, bytes]]) -> list[Laid]:
     """Hash and compress, in a thread."""
     with closing(store.reader()) as reader:
         return [Laid(first, prepare(reader, pages, plain)) for first, pages, plain in blocks]
-
-
-def prepare(reader: ReadTxn, pages: int, plain: bytes) -> Block:
-    """A block to be stored, compressed unless it is there already and sound."""
-    if pages.bit_count() < limits.PACK_PAGES_MIN:
-        return Block(containers.NO_HASH, pages, plain)
-    digest = containers.hash_block(pages, plain)
-    found = reader.look_up(digest, pages)
-    if found is None:
-        return containers.prepare(pages, plain, digest)
-    if _sound(reader, found):
-        return Block(digest, pages, plain)
-    return containers.prepare(pages, plain, digest, anew=True)
-
-
-def _sound(reader: ReadTxn, pieces: list[tuple[int, int, int]]) -> bool:
-    """Whether the pieces of a block can be read."""
-    try:
-        for container_id, number, _ in pieces:
-            value = reader.container(container_id)
-            containers.plain_pages(container_id, number, containers.entry(container_id, number, value), value)
-    except (Damaged, ObjectMissing):
-        return False
-    return True

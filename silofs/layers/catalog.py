@@ -68,6 +68,7 @@ class Layer(Record, frozen=True, array_like=True):
     depth: int = 1  # a rank, more than the parent's: the layers from here to the base, and those merged since
     doomed: bool = False  # nothing reaches it; its leaves are being removed in bounded steps
     kept_ns: int = 0  # until then it is not merged: a volume that goes back where it came from is sent from it
+    packed: int = 0  # leaves below this number have been packed as far as that is worth it
 
     @property
     def complete(self) -> bool:

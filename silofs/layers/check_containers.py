@@ -109,8 +109,11 @@ class ContainerChecker:
                 continue
             with self._reporting():
                 there: set[int] = set()
+                recorded = self._txn.use(container_id).pages
                 for number, entry in enumerate(containers.entries(container_id, self._txn.container(container_id))):
                     there.update(containers.slots_of(number, entry.pages))
+                if recorded != len(there):
+                    raise Damaged(f"container {container_id} has {len(there)} pages, {recorded} on record")
                 missing = set(np.flatnonzero(self._counts[container_id]).tolist()) - there
                 if missing:
                     some = sorted(missing)[:8]

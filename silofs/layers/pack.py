@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from silofs.blocks import LEAF_MASK, LEAF_SHIFT, PAGE, PAGE_SHIFT, pages_for
-from silofs.errors import Busy
+from silofs.errors import Busy, Damaged, ObjectMissing
 from silofs.layers import containers, leaves, schema
 from silofs.layers.containers import BLOCK_PAGES, Block
 from silofs.layers.incoming import IncomingChanges
+from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import Buffer, Refs
 from silofs.layers.uses import piece_refs
 from silofs.limits import PACK_PAGES_MIN
@@ -37,6 +39,9 @@ class Packed:
     found: int = 0
     packed: int = 0
     raw: int = 0
+
+
+_NONE: Final[Refs] = np.zeros(BLOCK_PAGES, np.uint64)
 
 
 class PackChanges(IncomingChanges):
@@ -85,38 +90,38 @@ class PackChanges(IncomingChanges):
 
         The caller puts them into the layer's leaves in this same transaction.
         """
-        refs: list[Refs | None] = [None] * len(blocks)
+        refs, result = self.contain_blocks([laid.block for laid in blocks])
+        result.raw = self._store_single(layer_id, blocks, refs)
+        return refs, result
+
+    def contain_blocks(self, blocks: Sequence[Block]) -> tuple[list[Refs], Packed]:
+        """References of each block's 16 pages, 0 where it has none or is not worth a place in a container."""
+        refs: list[Refs] = [_NONE] * len(blocks)
         result = Packed()
         fresh: dict[bytes, list[int]] = {}  # numbers of the blocks with that hash
-        single: list[int] = []
-        for number, laid in enumerate(blocks):
-            if laid.block.pages.bit_count() < PACK_PAGES_MIN:
-                single.append(number)
+        for number, block in enumerate(blocks):
+            if block.pages.bit_count() < PACK_PAGES_MIN:
                 continue
-            found = None if laid.block.anew else self.find_block(laid.block)
+            found = None if block.anew else self.find_block(block)
             if found is not None:
                 refs[number] = found
-                result.found += laid.block.pages.bit_count()
+                result.found += block.pages.bit_count()
             else:
-                fresh.setdefault(laid.block.hash, []).append(number)
+                fresh.setdefault(block.hash, []).append(number)
         same = list(fresh.values())
-        stored, places = self._store_containers([blocks[numbers[0]].block for numbers in same])
+        stored, places = self._store_containers([blocks[numbers[0]] for numbers in same])
         for numbers, part, where in zip(same, stored, places, strict=True):
-            pages = blocks[numbers[0]].block.pages
+            first = blocks[numbers[0]]
             placed = int(np.count_nonzero(part))
             result.packed += placed
-            if placed == pages.bit_count():
-                self.index_block(blocks[numbers[0]].block.hash, where)
+            # Of a block that was cut, one piece may have a place and the other none: such a one cannot be found.
+            refs[numbers[0]] = part
+            if placed == first.pages.bit_count():
+                self.index_block(first.hash, where)
                 for number in numbers:
                     refs[number] = part
-                result.found += pages.bit_count() * (len(numbers) - 1)
-            else:
-                single += numbers
-                # Of a block that was cut, one piece may have a place and the other none.
-                refs[numbers[0]] = part
-        raw = self._store_single(layer_id, blocks, sorted(single), refs)
-        result.raw = raw
-        return [np.zeros(BLOCK_PAGES, np.uint64) if each is None else each for each in refs], result
+                result.found += placed * (len(numbers) - 1)
+        return refs, result
 
     def _store_containers(self, blocks: Sequence[Block]) -> tuple[list[Refs], list[list[tuple[int, int]]]]:
         """References of the blocks' pages as far as they got into containers; (container, block in it) of pieces."""
@@ -131,28 +136,48 @@ class PackChanges(IncomingChanges):
                 places[piece.block].append((container_id, number))
         return refs, places
 
-    def _store_single(
-        self, layer_id: int, blocks: Sequence[Laid], numbers: Sequence[int], refs: list[Refs | None]
-    ) -> int:
+    def _store_single(self, layer_id: int, blocks: Sequence[Laid], refs: list[Refs]) -> int:
         """Store pages that have no reference yet as pages of the layer; how many."""
         pages: list[int] = []
         data: list[Buffer] = []
         places: list[tuple[int, int]] = []
-        for number in numbers:
-            laid = blocks[number]
-            row = refs[number]
-            row = refs[number] = np.zeros(BLOCK_PAGES, np.uint64) if row is None else row.copy()
+        for number, laid in enumerate(blocks):
+            if np.count_nonzero(refs[number]) == laid.block.pages.bit_count():
+                continue
+            refs[number] = refs[number].copy()
             plain = memoryview(laid.block.plain)
             for index, at in enumerate(containers.slots_of(0, laid.block.pages)):
-                if not row[at]:
+                if not refs[number][at]:
                     pages.append(laid.first + at)
                     data.append(plain[index << PAGE_SHIFT : (index + 1) << PAGE_SHIFT])
                     places.append((number, at))
         for (number, at), ref in zip(places, self.store_pages(layer_id, pages, data).tolist(), strict=True):
-            row = refs[number]
-            assert row is not None
-            row[at] = ref
+            refs[number][at] = ref
         return len(pages)
+
+
+def prepare(reader: ReadTxn, pages: int, plain: bytes) -> Block:
+    """A block to be stored, compressed unless it is there already and sound."""
+    if pages.bit_count() < PACK_PAGES_MIN:
+        return Block(containers.NO_HASH, pages, plain)
+    digest = containers.hash_block(pages, plain)
+    found = reader.look_up(digest, pages)
+    if found is None:
+        return containers.prepare(pages, plain, digest)
+    if _sound(reader, found):
+        return Block(digest, pages, plain)
+    return containers.prepare(pages, plain, digest, anew=True)
+
+
+def _sound(reader: ReadTxn, pieces: list[tuple[int, int, int]]) -> bool:
+    """Whether the pieces of a block can be read."""
+    try:
+        for container_id, number, _ in pieces:
+            value = reader.container(container_id)
+            containers.plain_pages(container_id, number, containers.entry(container_id, number, value), value)
+    except (Damaged, ObjectMissing):
+        return False
+    return True
 
 
 def _only(block: Block, mask: int) -> Block | None:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from silofs.layers.aged import Pack
 from silofs.layers.clean import Clean
 from silofs.layers.merge import Held, MergeLayers
+from silofs.layers.repack import Repack
 from silofs.layers.rewrite import Policy, Reap
 from silofs.layers.store import Store
 from silofs.layers.usage import Usage
@@ -17,7 +19,7 @@ DRAIN_STEPS: Final = 100_000  # a policy that never ends is a bug
 
 def policies(usage: Usage, held: Held = lambda txn: ()) -> list[Policy]:
     """Every policy, in the order of their turns. `usage`: of the store that they are for; `held`: see MergeLayers."""
-    return [Reap(), Clean(usage), MergeLayers(held)]
+    return [Reap(), Clean(usage), MergeLayers(held), Pack(), Repack()]
 
 
 def drain(store: Store, some: Sequence[Policy] | None = None, *, seconds: float = float("inf")) -> int:

@@ -18,15 +18,16 @@ from silofs.limits import CONTAINER_LEAVES_MAX, CONTAINER_REFS_MAX
 Counts = npt.NDArray[np.int64]
 USER: Final = Struct(">QQQ")  # key: container, layer, leaf
 USER_COUNT: Final = Struct("<H")
-USE_HEAD: Final = Struct("<II")  # leaves, reserved
+USE_HEAD: Final = Struct("<II")  # leaves, pages
 _COUNTS: Final = np.dtype("<u2")
 
 
 @dataclass
 class Use:
-    """How many leaf entries refer to each slot of a container, and in how many leaves they are."""
+    """How many leaf entries refer to each slot of a container, and in how many leaves they are; the pages it holds."""
 
     leaves: int
+    pages: int
     counts: Counts
 
     def offered(self, number: int) -> bool:
@@ -35,7 +36,7 @@ class Use:
         return self.leaves < CONTAINER_LEAVES_MAX and int(most) < CONTAINER_REFS_MAX
 
     def payload(self) -> bytes:
-        return USE_HEAD.pack(self.leaves, 0) + self.counts.astype(_COUNTS).tobytes()
+        return USE_HEAD.pack(self.leaves, self.pages) + self.counts.astype(_COUNTS).tobytes()
 
 
 def read_use(key: bytes, value: Buffer | None) -> Use:
@@ -46,7 +47,8 @@ def read_use(key: bytes, value: Buffer | None) -> Use:
     if len(payload) != USE_HEAD.size + SLOTS * _COUNTS.itemsize:
         raise Damaged(f"use {key.hex()} has a wrong length")
     counts = np.frombuffer(payload, _COUNTS, offset=USE_HEAD.size)
-    return Use(USE_HEAD.unpack_from(payload)[0], counts.astype(np.int64))
+    leaves, pages = USE_HEAD.unpack_from(payload)
+    return Use(leaves, pages, counts.astype(np.int64))
 
 
 def read_user(key: bytes, value: Buffer) -> int:

@@ -54,7 +54,8 @@ class ContainerChanges(ObjectChanges):
         self.count(next_object=container_id + 1)
         key = schema.KEY.pack(container_id)
         self._put(schema.CONTAINER, key, containers.container(container_id, pieces), append=True)
-        self._uses[container_id] = Use(0, np.zeros(SLOTS, np.int64))
+        pages = sum(piece.pages.bit_count() for piece in pieces)
+        self._uses[container_id] = Use(0, pages, np.zeros(SLOTS, np.int64))
         return container_id
 
     def index_block(self, digest: bytes, places: Sequence[tuple[int, int]]) -> None:
@@ -71,6 +72,13 @@ class ContainerChanges(ObjectChanges):
         for container_id, number, pages in found:
             refs |= piece_refs(container_id, number, pages)
         return refs
+
+    def move_block(self, digest: bytes, old: tuple[int, int], new: Sequence[tuple[int, int]]) -> None:
+        """A piece of a block is stored elsewhere, perhaps in several pieces: what the index says follows it."""
+        value = self.fetch(schema.BLOCK, digest)
+        places = read_places(digest, value) if value is not None else []
+        if old in places:
+            self.index_block(digest, [place for place in places if place != old] + list(new))
 
     # Referring
 

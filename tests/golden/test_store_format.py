@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from silofs.blocks import LEAF_PAGES, PAGE
-from silofs.layers import catalog, leaves, schema
+from silofs.layers import catalog, containers, leaves, schema
 from silofs.layers.catalog import Layer, Ownership, Role, Value, Volume
+from silofs.layers.containers import Block
+from silofs.layers.use_records import USER, USER_COUNT, Use
 from silofs.limits import GIB
 from tests.storerig import Rig, read_layer
 
@@ -34,7 +36,10 @@ def dump(title: str, key: bytes, value: bytes, shown: int = 1 << 20) -> Iterator
 
 
 def worked_example() -> str:
-    """Volume "vm1" of 1 GiB with layer 1 as head: pages 0 to 30 written, then page 40, then pages 2 and 3 discarded."""
+    """Volume "vm1" of 1 GiB with layer 1 as head: pages 0 to 30 written, then page 40, then pages 2 and 3 discarded.
+
+    Beside it a container with a block as it is, whose page 1 the second leaf of layer 2 refers to twice.
+    """
     lines: list[str] = []
     pages = [bytes([number + 1]) * PAGE for number in range(31)]
     lone = bytes(range(256)) * 16
@@ -70,6 +75,19 @@ def worked_example() -> str:
     lines += dump("volume", UUID, catalog.encode(schema.VOLUME, UUID, volume))
     lines += dump("volume_name", b"vm1", catalog.encode(schema.VOLUME_NAME, b"vm1", Value(UUID)))
     lines += dump("ownership", UUID, catalog.encode(schema.OWNERSHIP, UUID, owner))
+
+    third = schema.KEY.pack(3)
+    block = Block(containers.hash_block(0b11, b"".join(pages[:2])), 0b11, b"".join(pages[:2]))
+    (pieces,) = containers.place([block])
+    lines += dump("container 3, its header", third, containers.container(3, pieces)[: schema.HEADER_BYTES], 80)
+    counts = np.zeros(containers.SLOTS, np.int64)
+    counts[1] = 2
+    use = Use(leaves=1, pages=2, counts=counts)
+    lines += dump("use 3", third, schema.seal_record(schema.USE, third, use.payload()), 32)
+    user = USER.pack(3, 2, 1)
+    lines += dump("user", user, schema.seal_record(schema.USER, user, USER_COUNT.pack(2)))
+    found = schema.seal_record(schema.BLOCK, block.hash, containers.PLACE.pack(3, 0))
+    lines += dump("block", block.hash, found)
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -14,10 +15,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from silofs.blocks import LEAF_BYTES, PAGE, pages_for
 from silofs.layers import schema
+from silofs.layers.aged import Pack
 from silofs.layers.clean import Clean
 from silofs.layers.merge import MergeLayers
 from silofs.layers.policies import drain
+from silofs.layers.repack import Repack
 from silofs.layers.rewrite import Budget, Reap, take
+from silofs.layers.share import share
+from silofs.layers.transaction import WriteTxn
+from silofs.packing import BlockWriter
 from tests.reference import Reference, nonzero_pages
 from tests.storerig import Rig, page_bytes, read_layer
 
@@ -27,6 +33,11 @@ SIZES = st.sampled_from(
 )
 NAMES = ["a", "b", "c", "d"]
 PAGES = st.one_of(st.integers(0, 8), st.integers(500, 524), st.integers(1020, 1030))
+
+
+def packable(kind: int) -> bytes:
+    """A block of 64 KiB that packs well; there are few."""
+    return b"".join((f"{kind}.{at} ".encode() * PAGE)[:PAGE] for at in range(16))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -106,6 +117,12 @@ class StoreMachine(RuleBasedStateMachine):
         name = self.pick(data)
         self.rig.zero(self.uuid(name), page, page + count)
         self.waiting.append(("zero", name, page, page + count))
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), block=st.integers(0, 66), count=st.sampled_from([1, 3, 8]), kind=st.integers(0, 2))
+    def write_blocks(self, data: st.DataObject, block: int, count: int, kind: int) -> None:
+        """What packs well, and is often there already."""
+        self.write(self.pick(data), block * 16 * PAGE, b"".join(packable(kind + at % 3) for at in range(count)))
 
     @rule()
     def commit(self) -> None:
@@ -196,6 +213,50 @@ class StoreMachine(RuleBasedStateMachine):
     def reap(self) -> None:
         drain(self.rig.store, [Reap()])
 
+    # Packing and sharing
+
+    @rule()
+    def pack(self) -> None:
+        drain(self.rig.store, [Pack(age_s=0, look_s=0), Repack(look_s=0)])
+
+    @precondition(lambda self: self.free_name())
+    @rule(seed=st.integers(0, 2), blocks=st.sampled_from([3, 20, 60]), first=st.sampled_from([0, 16, 5]))
+    def load(self, seed: int, blocks: int, first: int) -> None:
+        name, size = self.free_name(), SIZE_MAX
+        assert name is not None
+        content = b"".join(packable(seed + at) if at % 3 else page_bytes(at, seed) * 16 for at in range(blocks))
+        content = content[: size - first * PAGE]
+
+        def begin(txn: WriteTxn) -> int:
+            layer = txn.receive_layer(uuid4().bytes, 0, size, size)
+            txn.pin(layer.id, "test")
+            txn.put_map(layer.id, [], mapped=pages_for(size))
+            return layer.id
+
+        layer = self.rig.store.write(begin)
+        with BlockWriter(self.rig.store, layer) as writer:
+            writer.add(first, content)
+        self.rig.store.write(lambda txn: (txn.clone(layer, name), txn.unpin(layer, "test")))
+        self.reference.create(name, size)
+        self.reference.volumes[name].write(first * PAGE, content)
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), first=PAGES, to=PAGES, count=st.sampled_from([1, 20, 40, 512, 900]))
+    def share(self, data: st.DataObject, first: int, to: int, count: int) -> None:
+        source, target = self.pick(data), self.pick(data)
+        one, two = self.uuid(source), self.uuid(target)
+        count = min(count, pages_for(SIZE_MAX) - to)
+        self.apply_waiting()
+        count = min(count, len(self.reference.volumes[source].data) // PAGE - first)
+        if count <= 0:
+            return
+        content = bytes(self.reference.volumes[source].data[first * PAGE : (first + count) * PAGE])
+        done = self.rig.commit(lambda txn: share(txn, txn.volume(one).head, first, two, to, count)).value
+        assert done == count
+        volume = self.reference.volumes[target]
+        volume.resize(max(len(volume.data), (to + count) * PAGE))
+        volume.write(to * PAGE, content)
+
     # Restarts
 
     @rule()
@@ -231,7 +292,10 @@ class StoreMachine(RuleBasedStateMachine):
             drain(self.rig.store, [Reap()])
             assert self.rig.findings() == []
             with self.rig.store.reader() as txn:
-                for table in (schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM):
+                for table in (
+                    schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM,
+                    schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK,
+                ):  # fmt: skip
                     assert not list(txn.scan_keys(table)), table.name
                 assert txn.layers() == []
         finally:
