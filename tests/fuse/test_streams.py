@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Mount, until
+from tests.smallfs import small
 
 pytestmark = pytest.mark.fuse
 
@@ -234,3 +235,26 @@ def test_whoever_reads_may_leave(mount: Mount) -> None:
     assert sending.returncode == 2
     assert "has gone away" in said
     assert mount.status()["state"] == "serving"
+
+
+def test_a_target_that_is_full(mount: Mount, tmp_path: Path) -> None:
+    """What arrived before it was full is kept, and can be dropped; with room, the import goes on."""
+    put(mount, "vm1", noise(3, 96))
+    mount.silofs("snapshot", "vm1@tue")
+    out = tmp_path / "tue"
+    mount.silofs("export", "vm1@tue", str(out), "--format", "stream")
+    with small("tmpfs", 150, tmp_path) as point, Mount(point) as backup:
+        backup.silofs("create", "other", "--size", "1M")
+        for _ in range(2):
+            done = backup.run("import", str(out), "vm1", "--json")
+            error = json.loads(done.stdout.splitlines()[-1])
+            assert (done.returncode, error["code"]) == (1, "store_full")
+        (kept,) = backup.silofs_json("du")["arriving"]
+        assert kept["bytes"] > MIB
+        put(backup, "other", b"others can still write")
+        assert backup.silofs_json("import", "--abandon", "vm1")["bytes_dropped"] == kept["bytes"]
+        assert backup.run("import", str(out), "vm1").returncode == 1
+        subprocess.run(["mount", "-o", "remount,size=500m", point], check=True)
+        got = backup.silofs_json("import", str(out), "vm1")
+        assert got["bytes_skipped"] > MIB
+        assert backup.image("vm1").read_bytes() == mount.image("vm1").read_bytes()
