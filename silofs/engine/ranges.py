@@ -118,7 +118,7 @@ class Ranges:
             size, moves, head = volume.size, volume.gate_changes, volume.head
             if not 0 <= offset < size:
                 return None
-            if not volume.local:
+            if not volume.local or self._full(volume):
                 return offset if data else size
             try:
                 found = await self._find(volume, offset >> PAGE_SHIFT, data)
@@ -131,6 +131,13 @@ class Ranges:
             if found is not None and found << PAGE_SHIFT < size:
                 return max(offset, found << PAGE_SHIFT)
             return None if data else size
+
+    def _full(self, volume: VolumeState) -> bool:
+        """No page can be a hole: what is often asked of a volume that is, and takes longest to find out."""
+        if volume.pending.zeros or (volume.flushing is not None and volume.flushing.zeros):
+            return False
+        record = volume.record or self._reads.txn.layer(volume.head)
+        return record.data_pages == pages_for(volume.size)
 
     async def _find(self, volume: VolumeState, page: int, data: bool) -> int | None:
         """The first page from `page` on that is (not) data."""

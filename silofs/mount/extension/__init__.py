@@ -36,7 +36,8 @@ def _load() -> ctypes.CDLL | None:
 
 _library = _load()
 available = _library is not None
-abilities: tuple[str, ...] = ("fallocate", "lseek", "locks", "write_flags", "request_ids") if available else ()
+ABILITIES = ("fallocate", "lseek", "copy_file_range", "locks", "write_flags", "request_ids")
+abilities: tuple[str, ...] = ABILITIES if available else ()
 """What a mount has by it: told to the holder, shown as capabilities. A later daemon of the mount must have them all."""
 
 _words = (ctypes.c_uint64 * _WORDS).in_dll(_library, "silofs_request") if _library else (ctypes.c_uint64 * _WORDS)()

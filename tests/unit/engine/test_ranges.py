@@ -125,6 +125,24 @@ async def test_a_long_search_goes_in_bounded_steps(rig: Rig, monkeypatch: pytest
         assert 8 <= rig.inline.jobs - jobs <= 10
 
 
+async def test_a_full_volume_is_not_searched(rig: Rig) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume(3 * LEAF_BYTES + 512)
+        await write(engine, volume, 0, page(1) * (3 * 512) + bytes([1] * 512))
+        await forget(engine, volume)
+        snapshot = await engine.transact(lambda txn: txn.take_snapshot(volume.uuid, "s"))
+        jobs = rig.inline.jobs
+        for each in (volume, engine.open_layer(volume.uuid, snapshot.layer)):
+            assert await extents(engine, each, 7) == [(7, volume.size)]
+        assert rig.inline.jobs == jobs
+        await engine.discard(volume, LEAF_BYTES, PAGE)
+        for _ in range(2):
+            assert await extents(engine, volume) == [(0, LEAF_BYTES), (LEAF_BYTES + PAGE, volume.size)]
+            await engine.commit_all()
+        await engine.resize(volume, 4 * LEAF_BYTES)
+        assert (await extents(engine, volume))[-1] == (LEAF_BYTES + PAGE, (3 * 512 + 1) * PAGE)
+
+
 async def test_pages_at_a_peer_are_data(rig: Rig) -> None:
     async with rig.running() as engine:
         volume, _ = await rig.remote_volume(pages=8)
