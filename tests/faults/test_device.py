@@ -44,7 +44,7 @@ def fill(fd: int) -> int:
     raise AssertionError("the store is never full")
 
 
-def test_a_full_store_says_so_and_loses_nothing(small: Path) -> None:
+def test_a_full_store_says_so_loses_nothing_and_can_be_emptied(small: Path) -> None:
     with Mount(small) as mount:
         mount.silofs("create", "kept", "--size", "1M")
         mount.image("kept").write_bytes(block(0))
@@ -56,6 +56,12 @@ def test_a_full_store_says_so_and_loses_nothing(small: Path) -> None:
         mount.kill_daemon()
         for number in range(written):
             assert os.pread(fd, MIB, number * MIB) == block(number), number
+        os.close(fd)
+        mount.silofs("rm", "vm1", "--yes")
+        mount.silofs("create", "vm2", "--size", "1G")
+        fd = os.open(mount.image("vm2"), os.O_RDWR)
+        assert fill(fd) > written // 2
+        os.fsync(fd)
         os.close(fd)
         assert mount.silofs_json("check", "--read-data")["damaged"] == 0
         assert mount.image("kept").read_bytes() == block(0)
