@@ -18,7 +18,7 @@ from silofs.facts import Fields
 from silofs.images import READER_S, Cancelled, Progress, never
 from silofs.layers import diff, schema
 from silofs.layers.store import Store
-from silofs.verbs import Pair
+from silofs.states import Pair
 
 _RECORD: Final = struct.Struct("<QQQ")
 _BATCH: Final = 4096  # records between two writes

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from silofs import diffs, images, packing, raw_out, stream_fill, stream_in, stream_out, verbs
+from silofs import diffs, images, packing, raw_out, states, stream_fill, stream_in, stream_out, verbs
 from silofs.errors import NoDaemon, UserError
 from silofs.facts import Fields, View
 from silofs.layers.policies import drain
@@ -80,19 +80,19 @@ def _import(store: Store, args: Fields, view: View, fd: int, progress: Progress)
 
 def _export(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
     with contextlib.closing(store.reader()) as reader:
-        state = verbs.exported(reader, args)
+        state = states.exported(reader, args)
     return raw_out.write(store, state, fd, progress=progress)
 
 
 def _diff(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
     with contextlib.closing(store.reader()) as reader:
-        pair = verbs.compared(reader, args)
+        pair = states.compared(reader, args)
     return diffs.write(store, pair, fd, progress=progress)
 
 
 def _send(store: Store, args: Fields, fd: int, progress: Progress) -> Fields:
     with contextlib.closing(store.reader()) as reader:
-        sent = verbs.sent(reader, args)
+        sent = states.sent(reader, args)
     return stream_out.write(store, sent, fd, progress=progress)
 
 

@@ -24,7 +24,7 @@ from silofs.layers import schema
 from silofs.layers.reader import ReadTxn
 from silofs.layers.store import Store
 from silofs.sink import Sink
-from silofs.verbs import State
+from silofs.states import State
 
 _ZEROS: Final = bytes(1 << 20)
 

@@ -24,7 +24,7 @@ from silofs.layers.reader import ReadTxn
 from silofs.layers.store import Store
 from silofs.limits import STREAM_PAGES, STREAM_RUNS
 from silofs.sink import Sink, Source
-from silofs.verbs import Sent
+from silofs.states import Sent
 
 Piece = tuple[int, int, int, bytes]  # first page, pages, kind of the run, its bytes
 

@@ -14,7 +14,19 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from silofs import diffs, failpoints, images, limits, packing, raw_out, stream_fill, stream_in, stream_out, verbs
+from silofs import (
+    diffs,
+    failpoints,
+    images,
+    limits,
+    packing,
+    raw_out,
+    states,
+    stream_fill,
+    stream_in,
+    stream_out,
+    verbs,
+)
 from silofs.control import Call
 from silofs.engine.volume import VolumeState
 from silofs.errors import TryAgain, UserError
@@ -102,7 +114,7 @@ class Transfers:
     async def unload(self, args: Args, call: Call) -> Fields:
         """`export`: a volume or a snapshot as a raw image."""
         fd, store = one_file(call), self._engine.store
-        async with self._held(lambda txn: verbs.exported(txn, args)) as state:
+        async with self._held(lambda txn: states.exported(txn, args)) as state:
             return await in_thread(
                 call,
                 lambda progress, cancelled: raw_out.write(store, state, fd, progress=progress, cancelled=cancelled),
@@ -111,7 +123,7 @@ class Transfers:
     async def send(self, args: Args, call: Call) -> Fields:
         """`export --format stream`."""
         fd, store = one_file(call), self._engine.store
-        async with self._held(lambda txn: verbs.sent(txn, args)) as sent:
+        async with self._held(lambda txn: states.sent(txn, args)) as sent:
             return await in_thread(
                 call,
                 lambda progress, cancelled: stream_out.write(store, sent, fd, progress=progress, cancelled=cancelled),
@@ -151,7 +163,7 @@ class Transfers:
     async def diff(self, args: Args, call: Call) -> Fields:
         """`diff`: the changed extents go into the caller's file."""
         fd, store = one_file(call), self._engine.store
-        async with self._held(lambda txn: verbs.compared(txn, args)) as pair:
+        async with self._held(lambda txn: states.compared(txn, args)) as pair:
             return await in_thread(
                 call,
                 lambda progress, cancelled: diffs.write(store, pair, fd, progress=progress, cancelled=cancelled),
