@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
@@ -20,6 +21,7 @@ import trio
 from silofs import failpoints, freezes, limits
 from silofs.control import Call
 from silofs.engine import Engine
+from silofs.engine.volume import VolumeState
 from silofs.errors import Busy, SiloError, UserError
 from silofs.facts import Fields
 from silofs.freezes import Freeze
@@ -35,12 +37,21 @@ REMEMBERED: Final = 8  # freezes that a deadline ended, for `status` and for who
 RETRY_S: Final = 1.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """A gate that is shut. The volume may go meanwhile (an old copy is dropped): its state is kept to be opened."""
+
+    freeze: Freeze
+    deadline: float
+    state: VolumeState
+
+
 class Freezes:
     """Handlers of `freeze` and `thaw`, and the clock that ends what nobody thaws."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._held: dict[bytes, tuple[Freeze, float]] = {}  # with its deadline
+        self._held: dict[bytes, Held] = {}
         self._expired: deque[Freeze] = deque(maxlen=REMEMBERED)
         self._leftover: set[bytes] = set()  # records of freezes that are over
         self._changed = trio.Event()
@@ -71,13 +82,14 @@ class Freezes:
         self.restore()
         task_status.started()
         while True:
-            for uuid, (freeze, deadline) in list(self._held.items()):
-                if deadline <= trio.current_time():
+            for uuid, held in list(self._held.items()):
+                if held.deadline <= trio.current_time():
                     self._open(uuid)
-                    self._expired.append(freeze)
+                    self._expired.append(held.freeze)
                     self._leftover.add(uuid)
-                    log.warning("%s is thawed by its deadline; it was frozen by %s", freeze.name, freeze.holder)
-            wait = min((deadline for _, deadline in self._held.values()), default=math.inf)
+                    name, holder = held.freeze.name, held.freeze.holder
+                    log.warning("%s is thawed by its deadline; it was frozen by %s", name, holder)
+            wait = min((held.deadline for held in self._held.values()), default=math.inf)
             if self._leftover and not await self._forget():
                 wait = min(wait, trio.current_time() + RETRY_S)
             with trio.move_on_at(wait):
@@ -143,7 +155,7 @@ class Freezes:
 
     def _check_held(self, uuid: bytes, name: str) -> None:
         if uuid in self._held:
-            freeze, _ = self._held[uuid]
+            freeze = self._held[uuid].freeze
             until = rfc3339(freeze.until_ns)
             hint = f"wait, or end that with silofs thaw {name}"
             raise Busy(f"{name} is frozen by {freeze.holder}, until {until}", hint=hint)
@@ -154,14 +166,14 @@ class Freezes:
         uuid = self._engine.reads.txn.volume_by_name(name).uuid
         if uuid not in self._held:
             raise self._not_frozen(uuid, name)
-        freeze, _ = self._held[uuid]
+        held = self._held[uuid]
         await self._engine.transact(lambda txn: freezes.remove(txn, uuid))
         failpoints.hit("hold.removed")
-        if self._held.get(uuid, (None,))[0] is not freeze or not self._open(uuid):
+        if self._held.get(uuid) is not held or not self._open(uuid):
             raise self._not_frozen(uuid, name)
-        held = (time.time_ns() - freeze.since_ns) / 1e9
-        log.info("%s is thawed after %.1f s", name, held)
-        return {"name": name, "seconds": round(held, 3), **freeze.fields()}
+        seconds = (time.time_ns() - held.freeze.since_ns) / 1e9
+        log.info("%s is thawed after %.1f s", name, seconds)
+        return {"name": name, "seconds": round(seconds, 3), **held.freeze.fields()}
 
     def _not_frozen(self, uuid: bytes, name: str) -> SiloError:
         last = next((each for each in reversed(self._expired) if UUID(each.uuid).bytes == uuid), None)
@@ -172,22 +184,25 @@ class Freezes:
 
     def shown(self) -> Fields:
         """What `status` says: the freezes in force, and the last ones that their deadlines ended."""
-        held = [{"volume": freeze.name, **freeze.fields()} for freeze, _ in self._held.values()]
-        return {"frozen": held, "expired_freezes": [{"volume": each.name, **each.fields()} for each in self._expired]}
+        held = [held.freeze for held in self._held.values()]
+        frozen, expired = ([{"volume": each.name, **each.fields()} for each in some] for some in (held, self._expired))
+        return {"frozen": frozen, "expired_freezes": expired}
 
     # Gates
 
     def _shut(self, uuid: bytes, freeze: Freeze, seconds: float) -> None:
-        self._engine.freeze(uuid)
+        state = self._engine.open_volume(uuid)
+        state.freeze()
         self._leftover.discard(uuid)
-        self._held[uuid] = freeze, trio.current_time() + seconds
+        self._held[uuid] = Held(freeze, trio.current_time() + seconds, state)
         self._wake()
 
     def _open(self, uuid: bytes) -> bool:
         """Open a gate; False if somebody has done so."""
-        if self._held.pop(uuid, None) is None:
+        held = self._held.pop(uuid, None)
+        if held is None:
             return False
-        self._engine.thaw(uuid)
+        held.state.thaw()
         self._wake()
         return True
 
