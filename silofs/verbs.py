@@ -144,7 +144,9 @@ def du(txn: ReadTxn, args: Args, view: View) -> Fields:
         for each in arriving.found(txn).values()
         if name in (None, each.name)
     ]
-    return {"volumes": rows, "arriving": kept, "stored": sum(layer.own_pages for layer in txn.layers()) * PAGE}
+    orphaned = sum(facts.exclusive(volume, txn.chain(volume.head)) for volume in txn.orphans())
+    stored = sum(layer.own_pages for layer in txn.layers()) * PAGE
+    return {"volumes": rows, "arriving": kept, "orphaned": orphaned, "stored": stored}
 
 
 def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = never) -> Fields:

@@ -36,7 +36,7 @@ from silofs.limits import WARM_OBJECTS
 class Warm:
     """Views of objects (and a mark for lone pages) by object id."""
 
-    __slots__ = ("_lately", "_map_bytes", "_mark", "_newest", "_txn", "objects", "young")
+    __slots__ = ("_bad", "_lately", "_map_bytes", "_mark", "_newest", "_txn", "objects", "young")
 
     def __init__(self, txn: ReadTxn) -> None:
         self.look_into(txn)
@@ -47,13 +47,15 @@ class Warm:
         """`txn` is the loop's snapshot from now on."""
         self._txn = txn
         self._mark = txn.mark_loop()
+        self._bad = txn.bad
         self._map_bytes = txn.map_bytes
         self._newest = self._lately = txn.state.next_object
 
     def renewed(self) -> None:
-        """The snapshot was renewed. Views into a map that has grown, and so moved, are void."""
-        if self._txn.map_bytes != self._map_bytes:
-            self._map_bytes = self._txn.map_bytes
+        """The snapshot was renewed. Views into a map that has grown, and so moved, are void; and a view is not to be
+        looked through at what a check has found unreadable."""
+        if self._txn.map_bytes != self._map_bytes or self._txn.bad is not self._bad:
+            self._map_bytes, self._bad = self._txn.map_bytes, self._txn.bad
             self.objects.clear()
 
     def page(self, ref: int) -> memoryview | None:

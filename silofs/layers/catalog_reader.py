@@ -18,7 +18,7 @@ from silofs.errors import Damaged, NoSuchSnapshot, NoSuchVolume, StoreBroken
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Merge, Ownership, R, Snapshot, State, Volume
 from silofs.layers.environment import Environment
-from silofs.layers.quarantine import describe
+from silofs.layers.quarantine import Quarantine, describe
 from silofs.layers.schema import Table
 
 NO_FLOOR: Final = 1 << 62
@@ -70,6 +70,11 @@ class CatalogReader:
     def held_bytes(self) -> int:
         """Of the store's blocks those that are only held for writes to come."""
         return self._environment.held.statistics().held_bytes
+
+    @property
+    def bad(self) -> Quarantine | None:
+        """What must not be looked at; another object when that has changed."""
+        return self._environment.bad
 
     def quarantined(self) -> list[str]:
         """What of the store the medium cannot give, a line each."""
@@ -134,8 +139,9 @@ class CatalogReader:
                 key, value = cursor.item()
                 if prefix and bytes(key[: len(prefix)]) != prefix:
                     return
-                yield checked_key(table, key), value
-                self._note.go_through(table.number)
+                name = checked_key(table, key)
+                yield name, value
+                self._note.go_through(table.number, name)
                 found = cursor.next()
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
@@ -150,8 +156,9 @@ class CatalogReader:
             if start and not cursor.set_range(start):
                 return
             for key in cursor.iternext(keys=True, values=False):
-                yield checked_key(table, key)
-                self._note.go_through(table.number)
+                name = checked_key(table, key)
+                yield name
+                self._note.go_through(table.number, name)
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
 

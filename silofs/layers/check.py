@@ -375,8 +375,13 @@ class _Checker:
 
     def _data(self) -> None:
         """The bytes: headers of objects, checksums of live pages."""
-        for key, value in self._txn.scan(schema.OBJECT):
+        for key in self._txn.scan_keys(schema.OBJECT):
             object_id = schema.KEY.unpack(key)[0]
+            try:
+                value = self._txn.object(object_id)
+            except Damaged as error:
+                self._report("data", str(error))
+                continue
             with self._reporting("data"):
                 schema.check_header(object_id, value)
             row = self._live.get(object_id >> LIVE_SHIFT)

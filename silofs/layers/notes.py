@@ -25,7 +25,7 @@ _SCAN: Final = 1 << 16
 
 
 class Left(NamedTuple):
-    """What a slot said. `key` is cut at 56 bytes; `scan`: all of the table from there on."""
+    """What a slot said. `key` is cut at 56 bytes; `scan`: it goes through the table, and has come so far."""
 
     table: int
     key: bytes
@@ -36,11 +36,12 @@ class Left(NamedTuple):
 class Note:
     """One slot. `words` is it as u64."""
 
-    __slots__ = ("_raw", "words")
+    __slots__ = ("_raw", "_slot", "words")
 
-    def __init__(self, raw: memoryview) -> None:
-        self._raw = raw[8:]
-        self.words = raw.cast("Q")
+    def __init__(self, slot: memoryview) -> None:
+        self._slot = slot
+        self._raw = slot[8:]
+        self.words = slot.cast("Q")
 
     def look_up(self, table: Table, key: bytes) -> None:
         """Said before a record is looked up, stored or removed."""
@@ -48,12 +49,18 @@ class Note:
         self._raw[: len(key)] = key
         self.words[0] = table.number | len(key) << 8
 
-    def go_through(self, number: int) -> None:
-        """Said before a scan of a table; number 0: the tree of all tables."""
-        self.words[0] = number | _SCAN
+    def go_through(self, number: int, key: bytes = b"") -> None:
+        """Said before each step of a scan, from that key on; number 0: the tree of all tables."""
+        key = key[:KEY_BYTES]
+        self._raw[: len(key)] = key
+        self.words[0] = number | len(key) << 8 | _SCAN
 
     def clear(self) -> None:
         self.words[0] = 0
+
+    def release(self) -> None:
+        for view in (self.words, self._raw, self._slot):
+            view.release()
 
 
 class Notes:
@@ -80,10 +87,7 @@ class Notes:
             table, length, scan = head & 0xFF, head >> 8 & 0xFF, bool(head & _SCAN)
             if not head:
                 continue
-            if length == NATIVE:
-                key = KEY.pack(note.words[1])
-            else:
-                key = b"" if scan else bytes(note.words.cast("B")[8 : 8 + length])
+            key = KEY.pack(note.words[1]) if length == NATIVE else bytes(note.words.cast("B")[8 : 8 + length])
             yield Left(table, key, scan, index == 0)
 
     def mark_loop(self) -> memoryview:
@@ -94,6 +98,11 @@ class Notes:
     def clear(self) -> None:
         for note in self._notes:
             note.clear()
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        for note in self._notes:
+            note.release()
 
 
 assert sys.byteorder == "little"

@@ -109,12 +109,13 @@ def learn(store: Path, data_file: Path, notes: Notes) -> int:
     known = set(Quarantine.load(store, data_file))
     left = list(notes.left())
     notes.clear()
-    with RawTree(data_file) as tree:
-        new = {place for each in left for place in _looked_at(tree, each)} - known
-        if not new and any(each.writer for each in left):
-            # A change touches more than the way to its key: neighbours that are merged, and the list of free pages.
-            names = {FREE, *(_NAMES.get(each.table, MAIN) for each in left if each.writer)}
-            new = {place for name in names for place in tree.all_of(name)} - known
+    while True:
+        with RawTree(data_file) as tree:
+            new = _found(tree, left, known)
+            state = tree.state
+        with RawTree(data_file) as tree:
+            if tree.state == state:
+                break  # else somebody has committed meanwhile, and what was walked may be pages of nothing
     for place in new:
         log.error("%s: it is left alone from now on", describe(place))
     if new:
@@ -122,10 +123,21 @@ def learn(store: Path, data_file: Path, notes: Notes) -> int:
     return len(new)
 
 
+def _found(tree: RawTree, left: Iterable[Left], known: set[Unreadable]) -> set[Unreadable]:
+    """What is not known yet."""
+    new = {place for each in left for place in _looked_at(tree, each)} - known
+    if not new and any(each.writer for each in left):
+        # A change touches more than the way to its key: neighbours that are merged, and the list of free pages.
+        names = {FREE, *(_NAMES.get(each.table, MAIN) for each in left if each.writer)}
+        new = {place for name in names for place in tree.all_of(name)} - known
+    return new
+
+
 def _looked_at(tree: RawTree, left: Left) -> Iterator[Unreadable]:
     name = _NAMES.get(left.table, MAIN)
     if left.scan or name == MAIN:
         yield from tree.all_of(name)
+        yield from tree.after(name, left.key)
         if name == MAIN:
             yield from tree.all_of(schema.META.name)
     else:

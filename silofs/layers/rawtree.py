@@ -55,7 +55,7 @@ class RawTree:
         """OSError when even the headers cannot be read."""
         self._fd = os.open(data_file, os.O_RDONLY | os.O_CLOEXEC)
         metas = [_META.unpack(os.pread(self._fd, _META.size, at)) for at in (0, PAGE)]
-        self._free, self._main, _, _ = max(metas, key=lambda meta: meta[3])
+        self._free, self._main, self._last, self.state = max(metas, key=lambda meta: meta[3])
 
     def close(self) -> None:
         os.close(self._fd)
@@ -67,7 +67,9 @@ class RawTree:
         self.close()
 
     def page(self, number: int) -> bytes | None:
-        """A page, None when it cannot be read."""
+        """A page, None when it cannot be read. One that the file does not have is of zeros: nothing leads there."""
+        if number > self._last:
+            return bytes(PAGE)
         try:
             raw = os.pread(self._fd, PAGE, number * PAGE)
         except OSError:
@@ -103,6 +105,18 @@ class RawTree:
         number, found = self._root(table)
         yield from found
         yield from self._below(table, number, b"", None, _DEPTH_MAX)
+
+    def after(self, table: str, key: bytes) -> Iterator[Unreadable]:
+        """What cannot be read of the values of the first two keys from `key` on."""
+        number, _ = self._root(table)
+        seen = 0
+        for _, nodes in self._leaves(number, _DEPTH_MAX):
+            for node in nodes:
+                if node.key >= key and seen < 2:
+                    seen += 1
+                    yield from self._value(table, node) if node.elsewhere else ()
+            if seen == 2:
+                return
 
     def _root(self, table: str) -> tuple[int, list[Unreadable]]:
         """The root of a table's tree, _NONE if it has none; what could not be read on the way to it."""

@@ -2,7 +2,8 @@
 
 A cursor that steps onto a page of the wrong type fails an assertion of LMDB's (SIGABRT), and a page that the disk
 cannot read is a SIGBUS. The process that serves volumes must not die of looking for damage, so a child looks; what it
-died of is a finding as well. The child only reads: it sees the newest commit at the moment when it begins.
+died of is a finding as well. The child only reads: it sees the newest commit at the moment when it begins. What the
+medium cannot give goes into quarantine (quarantine.py), as when a daemon dies of it, and another child begins anew.
 
 The child's output is msgpack: ("step", done, total), ("finding", code, message, volume, layer, page), then
 ("counted", volumes, layers).
@@ -10,6 +11,8 @@ The child's output is msgpack: ("step", done, total), ("finding", code, message,
 
 from __future__ import annotations
 
+import mmap
+import os
 import signal
 import subprocess
 import sys
@@ -22,9 +25,13 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from silofs.layers.check import Finding, check
-from silofs.layers.environment import Environment
+from silofs.layers.environment import DATA_FILE, Environment
+from silofs.layers.memfd import SLOT
+from silofs.layers.notes import Notes
+from silofs.layers.quarantine import learn
 from silofs.layers.reader import ReadTxn
 from silofs.layers.store import DATA_DIRECTORY
+from silofs.limits import NOTES_MAX
 
 LENGTH: Final = 4
 
@@ -39,7 +46,33 @@ class Scrubbed(NamedTuple):
 
 def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int], None] | None = None) -> Scrubbed:
     """Check the store in a child. An exception of `progress` ends the child and comes out here."""
-    command = [sys.executable, "-P", "-m", __name__, str(store), *(["--read-data"] if read_data else [])]
+    fd = os.memfd_create("notes", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, NOTES_MAX * SLOT)
+        with mmap.mmap(fd, 0) as area:
+            while True:
+                found, status = _scrub(store, fd, read_data, progress)
+                if status != -signal.SIGBUS or not _learn(store, area):
+                    return found
+    finally:
+        os.close(fd)
+
+
+def _learn(store: Path, area: mmap.mmap) -> int:
+    """What a child died of; how many places were not known before."""
+    with memoryview(area) as view:
+        notes = Notes(view)
+        try:
+            return learn(store, store / DATA_DIRECTORY / DATA_FILE, notes)
+        finally:
+            notes.release()
+
+
+def _scrub(
+    store: Path, notes: int, read_data: bool, progress: Callable[[int, int], None] | None
+) -> tuple[Scrubbed, int]:
+    """One child, and how it ended."""
+    command = [sys.executable, "-P", "-m", __name__, str(store), str(notes), *(["--read-data"] if read_data else [])]
     findings: list[Finding] = []
     volumes = layers = 0
     done = total = 0
@@ -48,7 +81,12 @@ def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int]
         tempfile.TemporaryFile() as complaints,
         # A group of its own: ^C is for the caller, which ends the child itself.
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, process_group=0
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            process_group=0,
+            pass_fds=(notes,),
         ) as child,
     ):
         assert child.stdout is not None
@@ -74,7 +112,7 @@ def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int]
         cause = signal.Signals(-status).name if status < 0 else f"status {status}"
         where = f"the check itself died ({cause}) in step {done + 1} of {total}"
         findings.append(Finding("unreadable", ": ".join([where, *last])))
-    return Scrubbed(findings, volumes, layers)
+    return Scrubbed(findings, volumes, layers), status
 
 
 def main(arguments: list[str]) -> None:
@@ -99,7 +137,8 @@ def main(arguments: list[str]) -> None:
         say("step", done, total)
         tell()
 
-    with closing(ReadTxn(Environment(Path(arguments[0]) / DATA_DIRECTORY))) as txn:
+    notes = Notes(memoryview(mmap.mmap(int(arguments[1]), 0)))
+    with closing(ReadTxn(Environment(Path(arguments[0]) / DATA_DIRECTORY, notes=notes))) as txn:
         check(txn, read_data="--read-data" in arguments, progress=step, into=found)
         tell()
         say("counted", len(txn.volumes()), len(txn.layers()))

@@ -196,3 +196,23 @@ def test_without_the_list_of_free_pages_io_is_held_and_said_to_be(disk: Disk) ->
     disk.bad.write_text("")
     wait(lambda: disk.status()["state"] == "serving", "it is served as soon as it can be", timeout_s=60)
     assert disk.read("vm2", 3) == block(1003)
+
+
+def test_a_check_finds_every_page_and_kills_no_daemon(disk: Disk) -> None:
+    disk.forget()
+    pages = [disk.page_of(number) for number in (10, 100, 1200)]
+    for page in pages:
+        disk.spoil(page)
+    daemon = disk.status()["daemon_pid"]
+    drop_cache(disk.store / "data" / "data.mdb")
+    done = disk.silofs("check", "--read-data", check=False)
+    assert done.returncode == 4
+    assert all(f"page {page} of the data file" in done.stdout for page in pages), done.stdout
+    assert len(disk.ask("status")["quarantined"]) == 3 and "itself died" not in done.stdout
+    fails_with(errno.EIO, disk.read, "vm1", 10)
+    assert disk.status()["daemon_pid"] == daemon and disk.deaths() == 0
+
+
+def drop_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
