@@ -292,6 +292,7 @@ class Daemon:
             "restarts": self._restarts,
             "capabilities": self._capabilities,
             "open_handles": len(self._log.handles),
+            "no_journal": self._engine.commits.journal.absent or None,
             "requests_refused": self._adapter.counters.refused,
             "handler_bugs": self._adapter.counters.bugs,
             "quarantined": self._store.quarantined(),

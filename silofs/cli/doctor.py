@@ -16,7 +16,7 @@ from pathlib import Path
 
 from silofs import limits
 from silofs.cli.sizes import show_size
-from silofs.layers.filesystem import NETWORK, holds_space, kind_of
+from silofs.layers.filesystem import NETWORK, free_bytes, holds_space, kind_of
 from silofs.mount import extension
 
 Finding = dict[str, str]
@@ -125,6 +125,7 @@ def _store(store: Path) -> Iterator[Finding]:
     else:
         yield _say("file_system", "ok", f"the store is on {kind or 'an unknown file system'}")
     yield from _held(place, kind)
+    yield from _journal(store, place)
     space = os.statvfs(place)
     free = space.f_bavail * space.f_frsize
     if free < 4 * limits.SPACE_FLOOR_BYTES:
@@ -146,3 +147,15 @@ def _held(place: Path, kind: str) -> Iterator[Finding]:
     else:
         costs = f"{kind or 'this disk'} holds no space: an acknowledged write may find the disk full at its commit"
         yield _say("held_space", "warning", costs, "use ext4 or xfs, or keep the disk from filling up")
+
+
+def _journal(store: Path, place: Path) -> Iterator[Finding]:
+    """Whether fsyncs have their journal, or what it will take to make one."""
+    made = any(path.stat().st_size > limits.LOG_BYTES and not path.suffix for path in store.glob("journal/*"))
+    if made:
+        yield _say("journal", "ok", "there is a journal for fsyncs")
+    elif free_bytes(place) > limits.LOG_BYTES + limits.SPACE_FLOOR_BYTES:
+        yield _say("journal", "ok", "there is no journal yet: a mount makes one")
+    else:
+        costs = "there is no journal, and no room for one: every fsync is a commit of the store"
+        yield _say("journal", "warning", costs, f"make {show_size(limits.LOG_BYTES)} of room")

@@ -230,7 +230,8 @@ def test_doctor(silofs: Silofs) -> None:
     worse = [check for check in report["checks"] if check["status"] != "ok"]
     assert report["warnings"] == len(worse)
     assert (done.code == 0) == (not worse)
-    assert {"kernel", "dev_fuse", "qemu_img", "file_system", "free_space"} <= {c["name"] for c in report["checks"]}
+    names = {"kernel", "dev_fuse", "qemu_img", "file_system", "free_space", "journal"}
+    assert names <= {check["name"] for check in report["checks"]}
     assert silofs("doctor").out
 
 

@@ -1,6 +1,7 @@
 """A process that writes to a volume until a failpoint kills it: `python victim.py STORE MEMFD SEED`.
 
-Prints a line for each write once it is acknowledged: the offset, the length and the byte that it is filled with.
+Prints the offset, the length and the byte of each write before it, "done" once it is acknowledged, and "synced" once
+all are durable.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ async def main(path: Path, fd: int, seed: int) -> None:
             )
             if pick.random() < 0.5:
                 offset -= offset % PAGE
-            await engine.write(volume, offset, bytes([value]) * length)
             print(offset, length, value, flush=True)
+            await engine.write(volume, offset, bytes([value]) * length)
+            print("done", flush=True)
             if pick.random() < 0.1:
                 await engine.flush(volume)
+                print("synced", flush=True)
 
 
 if __name__ == "__main__":
