@@ -24,6 +24,7 @@ MAX_READERS = 126  # LMDB reader slots
 HELD_AHEAD_BYTES = 64 * MIB  # allocated for writes that are still to come, whenever more must be allocated
 HELD_RESERVE_BYTES = 16 * MIB  # of what is held that only deletes, the cleaner and ownership records may use
 SPACE_FLOOR_BYTES = 64 * MIB  # the same of the whole file system, where space cannot be held
+VOID_LEAVES = 256  # of a volume, zeroed in one commit by changing each; whole leaves beyond become void
 
 # The write log (memfd ring) and commits
 LOG_BYTES = 48 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one

@@ -69,6 +69,8 @@ class Layer(Record, frozen=True, array_like=True):
     doomed: bool = False  # nothing reaches it; its leaves are being removed in bounded steps
     kept_ns: int = 0  # until then it is not merged: a volume that goes back where it came from is sent from it
     packed: int = 0  # leaves below this number have been packed as far as that is worth it
+    voids: bytes = b""  # as `chunks`, of its void records
+    unsettled: int = 0  # void leaves whose entries are still stored, and what they covered still counted
 
     @property
     def complete(self) -> bool:
@@ -168,6 +170,7 @@ class State(Record, frozen=True, array_like=True):
     rows: dict[str, int] = {}  # records per catalog table: what proves that one is not there
     journal: int = 0  # id of the journal that has what came after; 0 = none has
     mark: Mark = Mark(0, 0, 0)  # where it is replayed from: everything before is in the store
+    unsettled: int = 0  # void leaves of all layers that are still to be settled
 
 
 # Keys and values

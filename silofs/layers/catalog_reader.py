@@ -7,7 +7,7 @@ damage; and where nothing names it, "there is none" is said only after the table
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import lmdb
 import numpy as np
@@ -42,7 +42,6 @@ class CatalogReader:
         self._chains: dict[int, list[Layer]] = {}
         self._floor_maps: dict[int, dict[int, int]] = {}
         self._bitmaps: dict[tuple[int, int], bytes | bytearray] = {}
-        self._stacks: dict[tuple[int, int], tuple[list[Layer], np.ndarray[Any, np.dtype[np.uint8]]]] = {}
         self._sums: dict[tuple[int, int], npt.NDArray[np.uint32] | None] = {}
         self._counted: set[str] = set()
 

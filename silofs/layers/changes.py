@@ -72,10 +72,10 @@ class Changes(ContainerChanges):
         self.count(next_layer=layer_id + 1)
         return layer_id
 
-    def chill_head(self, head: int, first_leaf: int) -> None:
-        """Make the writer forget what it keeps of a head from that leaf on."""
+    def chill_head(self, head: int, first_leaf: int, end_leaf: int | None = None) -> None:
+        """Make the writer forget what it keeps of some leaves of a head."""
         for kept in (*self.warm.leaves_of(head), *(leaf for at, leaf in self.warmed if at == head)):
-            if kept >= first_leaf:
+            if kept >= first_leaf and (end_leaf is None or kept < end_leaf):
                 self.warmed[head, kept] = None
 
     def chill_leaf(self, leaf: int) -> None:

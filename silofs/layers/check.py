@@ -72,12 +72,13 @@ class _Checker:
         self._live: Masks = {}
         self._seen: Masks = {}
         self._lone: set[int] = set()
+        self._uncovered: dict[int, int] = {}  # layer -> data pages that are void there, and counted still
         self._containers = ContainerChecker(txn, self._report)
 
     def run(self, read_data: bool) -> None:
         steps: list[Callable[[], None]] = [
             self._quarantine, self._counts, self._catalog, self._tree, self._live_records, self._leaf_records,
-            self._objects, self._containers.check, self._data_pages,
+            self._void_records, self._objects, self._containers.check, self._data_pages,
         ]  # fmt: skip
         if read_data:
             steps += [self._data, self._containers.read]
@@ -296,6 +297,30 @@ class _Checker:
                 self._report("presence", message, layer=layer_id)
         return present
 
+    def _void_records(self) -> None:
+        """Void bitmaps against the layers' records; what they cover is counted until it is settled."""
+        for key in self._txn.scan_keys(schema.VOID):
+            layer_id, chunk = schema.PAIR.unpack(key)
+            layer = self._layers.get(layer_id)
+            if layer is None or not presence.chunk_sum(layer.voids, chunk):
+                message = f"void bitmap {chunk} of layer {layer_id} is there and not on record"
+                self._report("void", message, layer=layer_id)
+        for layer in self._layers.values():
+            with self._reporting("void", layer=layer.id):
+                void, unsettled = set(self._txn.void_leaves(layer.id)), list(self._txn.unsettled_leaves(layer.id))
+                if any((leaf + 1) << LEAF_SHIFT > pages_for(layer.size) for leaf in void) or not void.issuperset(
+                    unsettled
+                ):
+                    self._report("void", f"layer {layer.id} has void leaves that cannot be", layer=layer.id)
+                if not layer.doomed and len(unsettled) != layer.unsettled:
+                    message = f"layer {layer.id} has {len(unsettled)} unsettled leaves, {layer.unsettled} on record"
+                    self._report("count", message, layer=layer.id)
+                self._uncovered[layer.id] = sum(schema.count_data(self._txn.covered(layer.id, at)) for at in unsettled)
+        unsettled_in_all = sum(layer.unsettled for layer in self._layers.values())
+        if unsettled_in_all != self._state.unsettled:
+            message = f"layers have {unsettled_in_all} unsettled leaves, {self._state.unsettled} are on record"
+            self._report("count", message)
+
     def _check_entries(self, layer: Layer, leaf: int, refs: Refs) -> None:
         first = leaf << LEAF_SHIFT
         kinds = schema.kinds(refs)
@@ -363,7 +388,9 @@ class _Checker:
             if not layer.sealed or layer.data_pages != catalog.UNCOUNTED:
                 with self._reporting("leaf", layer=layer.id):
                     chain = self._txn.chain_leaves(layer.id)
-                    counted[layer.id] = sum(schema.count_data(self._txn.resolve(layer.id, leaf)) for leaf in chain)
+                    count = sum(schema.count_data(self._txn.resolve(layer.id, leaf)) for leaf in chain)
+                    late = sum(self._uncovered.get(below.id, 0) for below in self._txn.chain(layer.id))
+                    counted[layer.id] = count + late
         for what, layer_id, recorded in (
             *((f"volume '{volume.name}'", volume.head, volume.data_pages) for volume in self._volumes.values()),
             *((f"snapshot '{each.name}'", each.layer, each.data_pages) for each in self._snapshots),

@@ -21,7 +21,7 @@ from silofs.errors import Busy, Damaged
 from silofs.extents import Extents
 from silofs.layers import schema
 from silofs.layers.catalog import Volume
-from silofs.layers.changes import Changes, Numbers
+from silofs.layers.changes import Numbers
 from silofs.layers.heads import HeadWriter
 from silofs.layers.pending import Patch, Pending
 from silofs.layers.schema import Buffer, Refs
@@ -53,7 +53,7 @@ class CommitResult(Generic[T]):
 
 
 def apply_all(
-    txn: Changes, pendings: Sequence[Pending], ring: memoryview, damaged: dict[bytes, Damaged]
+    txn: WriteTxn, pendings: Sequence[Pending], ring: memoryview, damaged: dict[bytes, Damaged]
 ) -> CommitResult[T]:
     """Apply pending writes of any number of volumes, several of one volume in the order given.
 
@@ -80,7 +80,7 @@ def apply_all(
     return result
 
 
-def _apply_one(txn: Changes, pending: Pending, ring: memoryview, result: CommitResult[T]) -> int:
+def _apply_one(txn: WriteTxn, pending: Pending, ring: memoryview, result: CommitResult[T]) -> int:
     """Apply what is pending of one volume; the highest LSN of it that is in the store then."""
     try:
         if not txn.has_volume(pending.uuid):
@@ -108,11 +108,10 @@ def _apply_one(txn: Changes, pending: Pending, ring: memoryview, result: CommitR
     return pending.last_lsn
 
 
-def _apply(writer: HeadWriter, txn: Changes, pending: Pending, ring: memoryview) -> None:
+def _apply(writer: HeadWriter, txn: WriteTxn, pending: Pending, ring: memoryview) -> None:
     """One volume's zeroed ranges, then its pages, which lie above them."""
     end_page = pages_for(writer.volume.size)
-    for first, end in pending.zeros:
-        writer.zero(first, min(end, end_page))
+    writer.zero((first, min(end, end_page)) for first, end in pending.zeros)
     if not pending.pages:
         return
     patches = {page: entry for page, entry in pending.pages.items() if isinstance(entry, Patch)}
@@ -144,7 +143,7 @@ def _zero_pages(positions: Numbers, ring: memoryview) -> npt.NDArray[np.bool_]:
     return zero
 
 
-def _render(writer: HeadWriter, txn: Changes, page: int, patch: Patch, ring: memoryview) -> bytes | None:
+def _render(writer: HeadWriter, txn: WriteTxn, page: int, patch: Patch, ring: memoryview) -> bytes | None:
     """A page of which only ranges were written; None when what they were written on is damaged."""
     if patch.complete:
         return patch.render(ring)

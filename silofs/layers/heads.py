@@ -7,8 +7,7 @@ hold is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -19,19 +18,19 @@ from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, pages_for
 from silofs.extents import Extents
 from silofs.layers import leaves, schema
 from silofs.layers.catalog import Volume
-from silofs.layers.changes import Changes, Numbers
+from silofs.layers.changes import Numbers
 from silofs.layers.schema import Buffer, Refs
+from silofs.layers.voids import VoidChanges
 from silofs.layers.warm import Entry
-from silofs.limits import WRITER_LEAVES
+from silofs.limits import VOID_LEAVES, WRITER_LEAVES
 
 ROWS: Final = 256  # leaves changed at once: 1 MiB a matrix
-ZEROED_KEPT: Final = 256  # leaves of a zeroed range that are kept resolved; those of larger ranges are only named stale
 
 
 class HeadWriter:
     """Collects the changes of one volume's head; `finish` writes its volume record."""
 
-    def __init__(self, txn: Changes, volume: Volume) -> None:
+    def __init__(self, txn: VoidChanges, volume: Volume) -> None:
         self._txn = txn
         self.volume = volume
         self._head = volume.head
@@ -40,6 +39,7 @@ class HeadWriter:
         self._clip = pages_for(layer.clip)
         self.data_pages = volume.data_pages
         self.resolved: dict[int, Refs] = {}  # leaves changed, as they now read
+        self._zeroed_left = VOID_LEAVES
         self.stale = Extents()  # leaves changed that are not in `resolved`
 
     def write(self, numbers: Numbers, data: Sequence[Buffer | None], zero: npt.NDArray[np.bool_]) -> None:
@@ -75,24 +75,42 @@ class HeadWriter:
                     self.stale.add(leaf, leaf + 1)
             self._change(some.tolist(), flat, refs[first:end], keep=keep)
 
-    def zero(self, first_page: int, end_page: int) -> None:
-        """Make a range zero, whatever its length: only leaves that something of the chain has are looked at."""
-        if first_page >= end_page:
-            return
+    def zero(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Make ranges [first page, end page) zero; they ascend and do not overlap. Whatever their lengths are.
+
+        `VOID_LEAVES` that show anything are changed one by one; what goes beyond becomes void, as far as it is whole.
+        """
+        rest: list[tuple[int, int]] = []
+        for first, end in ranges:
+            first_whole, end_whole = (first + LEAF_MASK) >> LEAF_SHIFT, end >> LEAF_SHIFT
+            whole = self._txn.count_showing(self._head, first_whole, end_whole) if first_whole < end_whole else 0
+            if whole > self._zeroed_left:
+                self._void(first_whole, end_whole)
+                rest += [(first, first_whole << LEAF_SHIFT), (end_whole << LEAF_SHIFT, end)]
+            else:
+                self._zeroed_left -= whole
+                rest.append((first, end))
+        for at in range(0, len(rest), ROWS):
+            parts = [part for first, end in rest[at : at + ROWS] for part in self._shown(first, end)]
+            if parts:
+                numbers = np.concatenate(parts)
+                self._put(numbers, np.full(len(numbers), schema.ZERO, np.uint64))
+
+    def _void(self, first_leaf: int, end_leaf: int) -> None:
+        self._txn.void(self._head, first_leaf, end_leaf)
+        self.stale.add(first_leaf, end_leaf)
+        for leaf in [leaf for leaf in self.resolved if first_leaf <= leaf < end_leaf]:
+            del self.resolved[leaf]
+
+    def _shown(self, first_page: int, end_page: int) -> list[Numbers]:
+        """The pages of a range by leaf, without leaves in which nothing of the chain is."""
         first_leaf, end_leaf = first_page >> LEAF_SHIFT, (end_page + LEAF_MASK) >> LEAF_SHIFT
-        found = iter(list(self._txn.chain_leaves(self._head, first_leaf, end_leaf)))
-        keep = True
-        while batch := list(islice(found, ZEROED_KEPT)):
-            if not keep:
-                self.stale.add(batch[0], batch[-1] + 1)
-            parts = []
-            for row, leaf in enumerate(batch):
-                start = max(first_page - (leaf << LEAF_SHIFT), 0)
-                end = min(end_page - (leaf << LEAF_SHIFT), LEAF_PAGES)
-                parts.append(np.arange((row << LEAF_SHIFT) + start, (row << LEAF_SHIFT) + end))
-            flat = np.concatenate(parts)
-            self._change(batch, flat, np.full(len(flat), schema.ZERO, np.uint64), keep=keep)
-            keep = False
+        if first_page >= end_page:
+            return []
+        return [
+            np.arange(max(first_page, leaf << LEAF_SHIFT), min(end_page, (leaf + 1) << LEAF_SHIFT))
+            for leaf in self._txn.chain_leaves(self._head, first_leaf, end_leaf)
+        ]
 
     def _change(self, numbers: list[int], flat: npt.NDArray[Any], refs: Refs, *, keep: bool) -> None:
         """Entries `flat` (row * 512 + page in the leaf, ascending) of some leaves become `refs`."""
@@ -129,8 +147,12 @@ class HeadWriter:
         entry = self._txn.kept_leaf(self._head, leaf)
         if entry is None:
             own = self._txn.peek_leaf(self._head, leaf)
-            if self._parent:
+            if own is leaves.ZEROS and not self._parent:
+                entry = leaves.HOLES, leaves.HOLES
+            elif self._parent:
                 below = self._below(leaf)
+                if own is leaves.ZEROS:
+                    own = np.where(below != 0, own, np.uint64(schema.HOLE))
                 entry = own, np.where(own != 0, own, below)
             else:
                 entry = own, own
@@ -165,6 +187,7 @@ class HeadWriter:
 
     def finish(self, *, less: int = 0, **changes: Any) -> Volume:
         """Write the volume's record with its new count of data pages (`less` those cut off) and `changes`."""
+        self.data_pages -= self._txn.take_uncovered(self._head)
         self.volume = msgspec.structs.replace(self.volume, data_pages=self.data_pages - less, **changes)
         self._txn.put_record(schema.VOLUME, self.volume.uuid, self.volume)
         return self.volume

@@ -56,12 +56,15 @@ class IncomingChanges(VolumeChanges):
             if first < 0 or first + count > pages_for(layer.size):
                 raise Busy(f"the map of layer {layer_id} goes beyond its size")
             reference = schema.ref(kind, layer_id if kind == schema.REMOTE else 0)
-            page, end = first, first + count
-            while page < end:
-                leaf = page >> LEAF_SHIFT
-                stop = min(end, (leaf + 1) << LEAF_SHIFT)
-                parts.setdefault(leaf, []).append((page & LEAF_MASK, stop - (leaf << LEAF_SHIFT), reference))
-                page = stop
+            ranges = [(first, first + count)]
+            if kind == schema.ZERO and layer.parent and layer.data_pages == catalog.UNCOUNTED:
+                ranges = self._void_run(layer_id, first, first + count)
+            for page, end in ranges:
+                while page < end:
+                    leaf = page >> LEAF_SHIFT
+                    stop = min(end, (leaf + 1) << LEAF_SHIFT)
+                    parts.setdefault(leaf, []).append((page & LEAF_MASK, stop - (leaf << LEAF_SHIFT), reference))
+                    page = stop
         numbers = sorted(parts)
         for at in range(0, len(numbers), ROWS):
             some = numbers[at : at + ROWS]
@@ -82,6 +85,18 @@ class IncomingChanges(VolumeChanges):
         if mapped is not None and mapped > self.layer(layer_id).mapped:
             self.change_layer(layer_id, mapped=min(mapped, pages_for(layer.size)))
         return self.layer(layer_id)
+
+    def _void_run(self, layer_id: int, first: int, end: int) -> list[tuple[int, int]]:
+        """Make void what a run of zeros covers whole and the layer has no leaf of yet; the rest of the run."""
+        first_leaf, end_leaf = (first + LEAF_MASK) >> LEAF_SHIFT, end >> LEAF_SHIFT
+        if end_leaf - first_leaf <= ROWS:
+            return [(first, end)]
+        self.void_holes(layer_id, first_leaf, end_leaf)
+        there = [
+            (leaf << LEAF_SHIFT, (leaf + 1) << LEAF_SHIFT)
+            for leaf in self.present_leaves(layer_id, first_leaf, end_leaf)
+        ]
+        return [(first, first_leaf << LEAF_SHIFT), *there, (end_leaf << LEAF_SHIFT, end)]
 
     def fill(self, layer_id: int, pages: Mapping[int, Buffer]) -> int:
         """Store the bytes of pages that are still remote; the others are left alone. The number stored."""
@@ -135,7 +150,7 @@ class IncomingChanges(VolumeChanges):
     def set_base(self, uuid: bytes, layer_id: int) -> Volume:
         """A volume that nothing was written to here shows that sealed layer from now on, in its size."""
         volume = self.volume(uuid)
-        if self.layer(volume.head).leaves:
+        if self.layer(volume.head).leaves or self.layer(volume.head).voids:
             raise Busy(f"volume '{volume.name}' was written to")
         return self.rollback(uuid, layer_id)
 

@@ -48,14 +48,20 @@ def turn(txn: WriteTxn, merge: Merge) -> Merge:
 def _way(lower: Layer, upper: Layer) -> Way:
     if not upper.sealed:
         return Way.SHED
-    # A layer that is itself a lower one keeps its place.
-    fewer = upper.leaves < lower.leaves and upper.children <= CHILDREN_MAX and upper.uuid
+    # A layer that is itself a lower one keeps its place; and void leaves stay where they are.
+    fewer = upper.leaves < lower.leaves and upper.children <= CHILDREN_MAX and upper.uuid and not upper.voids
     return Way.DOWN if fewer else Way.UP
 
 
 def up(txn: WriteTxn, merge: Merge, budget: Budget) -> bool:
     """Some leaves; the end once there is none. Whether that was not the end."""
     lower, upper = txn.layer(merge.lower), txn.layer(merge.upper)
+    if upper.unsettled:
+        # What its voids cover can be counted only as long as it is there.
+        numbers = list(islice(txn.unsettled_leaves(upper.id), max(1, budget.leaves)))
+        budget.spend(leaves=len(numbers))
+        txn.settle_voids(upper.id, numbers)
+        return True
     numbers = list(islice(txn.present_leaves(lower.id), max(1, budget.leaves)))
     budget.spend(leaves=len(numbers))
     if not numbers:
@@ -129,7 +135,8 @@ def shed(txn: WriteTxn, merge: Merge, first: int, budget: Budget) -> int | None:
 
 
 def _shed(txn: WriteTxn, lower: Layer, upper: Layer, looked: Sequence[int], end: int) -> None:
-    numbers = [leaf for leaf in looked if txn.own_leaf(lower.id, leaf) is not None]
+    waiting = set(txn.unsettled_leaves(upper.id, looked[0], looked[-1] + 1)) if looked else set()
+    numbers = [leaf for leaf in looked if leaf not in waiting and txn.own_leaf(lower.id, leaf) is not None]
     if not numbers:
         return
     below, above, pages = _rows(txn, lower.id, numbers), _rows(txn, upper.id, numbers), _pages(numbers)

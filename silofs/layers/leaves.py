@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from silofs.blocks import LEAF_PAGES
 from silofs.errors import Damaged
-from silofs.layers.schema import HOLE, LOST, PACKED, REF_BYTES, SLOT_STEP, Refs, kinds, stepping
+from silofs.layers.schema import HOLE, LOST, PACKED, REF_BYTES, SLOT_STEP, ZERO, Refs, kinds, stepping
 
 RUNS: Final = 1
 DENSE: Final = 2
@@ -35,6 +35,7 @@ def _uniform(ref: int) -> Refs:
 
 
 HOLES: Final = _uniform(HOLE)
+ZEROS: Final = _uniform(ZERO)
 LOST_LEAF: Final = _uniform(LOST)
 """What stands in for a leaf that cannot be read."""
 

@@ -70,7 +70,7 @@ class MergeLayers(Policy):
             left_alone = merge.lower in self._damaged or merge.lower in held or merge.upper in held
             if not left_alone and self._carry_on(txn, merge, merge.lower in uppers, budget):
                 return True
-        return self._look(txn)
+        return self._look(txn, budget)
 
     # Merges on record
 
@@ -122,7 +122,7 @@ class MergeLayers(Policy):
 
     # New ones
 
-    def _look(self, txn: WriteTxn) -> bool:
+    def _look(self, txn: WriteTxn, budget: Budget) -> bool:
         """Look at some layers; True while there are more, or a merge has begun."""
         rows = txn.state.rows
         tables = (schema.LAYER, schema.SNAPSHOT, schema.PIN, schema.MERGE)
@@ -138,6 +138,9 @@ class MergeLayers(Policy):
             lower = txn.layer(upper.parent) if upper.parent else None
             if lower is None or lower.id in held or upper.id in held or not self._fit(txn, lower, upper, now):
                 continue
+            if lower.voids:
+                budget.spend(leaves=txn.spell_out(lower.id, max(1, budget.leaves)))
+                return True
             join.begin(txn, lower, upper)
             self.begun += 1
             return True

@@ -9,6 +9,7 @@ from typing import Final
 from silofs.layers.aged import Pack
 from silofs.layers.clean import Clean
 from silofs.layers.merge import Held, MergeLayers
+from silofs.layers.reclaim import Reclaim
 from silofs.layers.repack import Repack
 from silofs.layers.rewrite import Policy, Reap
 from silofs.layers.store import Store
@@ -19,7 +20,7 @@ DRAIN_STEPS: Final = 100_000  # a policy that never ends is a bug
 
 def policies(usage: Usage, held: Held = lambda txn: ()) -> list[Policy]:
     """Every policy, in the order of their turns. `usage`: of the store that they are for; `held`: see MergeLayers."""
-    return [Reap(), Clean(usage), MergeLayers(held), Pack(), Repack()]
+    return [Reap(), Reclaim(), Clean(usage), MergeLayers(held), Pack(), Repack()]
 
 
 def drain(store: Store, some: Sequence[Policy] | None = None, *, seconds: float = float("inf")) -> int:

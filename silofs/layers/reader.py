@@ -8,18 +8,17 @@ thread at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, ZERO_PAGE
+from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, ZERO_PAGE, pages_for
 from silofs.errors import Damaged, ObjectMissing
 from silofs.extents import Extents
 from silofs.layers import containers, leaves, presence, schema
+from silofs.layers.bitmaps import BitmapReader
 from silofs.layers.catalog import Layer, Pin, layer_key
-from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.containers import read_places
 from silofs.layers.digest import Segment, leaf_digest
 from silofs.layers.schema import CHUNK_LEAVES, CHUNK_SHIFT, Refs
@@ -28,17 +27,18 @@ from silofs.layers.use_records import Use, read_use
 
 log = logging.getLogger(__name__)
 
-_ALL: Final = b"\xff" * schema.CHUNK_BYTES
 ZERO_BLOCK: Final = bytes(64 * 4096)
 
 
-class ReadTxn(CatalogReader):
+class ReadTxn(BitmapReader):
     """Catalog, maps and pages as of one transaction."""
 
     # Maps
 
     def own_leaf(self, layer_id: int, leaf: int) -> Refs | None:
         """The layer's own entries of a leaf, None when it has none. Damaged when that cannot be told."""
+        if self.is_void(layer_id, leaf):
+            return leaves.ZEROS
         chunk = leaf >> CHUNK_SHIFT
         if not presence.chunk_sum(self.layer(layer_id).chunks, chunk):
             return None
@@ -77,57 +77,35 @@ class ReadTxn(CatalogReader):
                 log.error("%s; its leaves are checked without", error)
         return self._sums[place]
 
-    def _bitmap(self, layer_id: int, chunk: int) -> bytes | bytearray:
-        """A presence bitmap that the layer's record says exists."""
-        bitmap = self._bitmaps.get((layer_id, chunk))
-        if bitmap is None:
-            key = schema.leaf_key(layer_id, chunk)
-            value = self.fetch(schema.PRESENCE, key)
-            if value is None:
-                raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is missing")
-            bitmap = bytes(schema.open_record(schema.PRESENCE, key, value))
-            if schema.short_sum(value) != presence.chunk_sum(self.layer(layer_id).chunks, chunk):
-                raise Damaged(f"presence bitmap {chunk} of layer {layer_id} is an older one")
-            self._bitmaps[layer_id, chunk] = bitmap
-        return bitmap
+    def hidden_leaf(self, layer_id: int, leaf: int) -> Refs | None:
+        """The entries that are stored under a void of the layer, if any; holes when they cannot be read."""
+        try:
+            return self._stored_leaf(layer_id, leaf) if self._is_present(layer_id, leaf) else None
+        except Damaged as error:
+            if self.spoilt is not None:
+                raise
+            log.error("%s; what it referred to stays on disk", error)
+            return leaves.HOLES
+
+    def covered(self, layer_id: int, leaf: int) -> Refs:
+        """What a void leaf would show if it were none."""
+        layer, own = self.layer(layer_id), self.hidden_leaf(layer_id, leaf)
+        seen = leaves.HOLES if own is None else own
+        if layer.parent:
+            below = self.resolve(layer.parent, leaf).copy()
+            below[max(0, pages_for(layer.clip) - (leaf << LEAF_SHIFT)) :] = schema.HOLE
+            seen = np.where(seen != 0, seen, below)
+        return seen
 
     def _leaf_or_lost(self, layer_id: int, leaf: int) -> Refs:
-        """A leaf that is present, every page LOST when it cannot be read."""
+        """A leaf that is present or void, every page LOST when it cannot be read."""
         try:
-            return self._stored_leaf(layer_id, leaf)
+            return leaves.ZEROS if self.is_void(layer_id, leaf) else self._stored_leaf(layer_id, leaf)
         except Damaged as error:
             if self.spoilt is not None:
                 raise  # a sound leaf looks no better from here
             log.error("%s; pages %d to %d are lost there", error, leaf * LEAF_PAGES, (leaf + 1) * LEAF_PAGES - 1)
             return leaves.LOST_LEAF
-
-    def _stack(self, layer_id: int, chunk: int) -> tuple[list[Layer], np.ndarray[Any, np.dtype[np.uint8]]]:
-        """The chain's layers that have the chunk, and their bitmaps as an array of a row each."""
-        stack = self._stacks.get((layer_id, chunk))
-        if stack is None:
-            layers = [layer for layer in self.chain(layer_id) if presence.chunk_sum(layer.chunks, chunk)]
-            rows = bytearray()
-            for layer in layers:
-                try:
-                    rows += self._bitmap(layer.id, chunk)
-                except Damaged as error:
-                    if self.spoilt is not None:
-                        raise
-                    log.error("%s; every leaf of it is taken for present", error)
-                    rows += _ALL
-            stack = layers, np.frombuffer(bytes(rows), np.uint8).reshape(len(layers), schema.CHUNK_BYTES)
-            self._stacks[layer_id, chunk] = stack
-        return stack
-
-    def _having(self, layer_id: int, leaf: int) -> list[Layer]:
-        """The chain's layers that have the leaf, top first."""
-        layers, bitmaps = self._stack(layer_id, leaf >> CHUNK_SHIFT)
-        if not layers:
-            return []
-        at = leaf & (CHUNK_LEAVES - 1)
-        if len(layers) == 1:
-            return layers if bitmaps[0, at >> 3] >> (at & 7) & 1 else []
-        return [layers[row] for row in np.flatnonzero(bitmaps[:, at >> 3] & (1 << (at & 7))).tolist()]
 
     def resolve(self, layer_id: int, leaf: int, *, above: int = 0) -> Refs:
         """The leaf as a reader of that layer sees it: u64[512], the chain merged from the top, not to be changed.
@@ -157,26 +135,6 @@ class ReadTxn(CatalogReader):
     def _floor(self, layer_id: int, below: Layer) -> int:
         """The first page of `below` that the layers of the chain above it hide by their clip."""
         return self._floors(layer_id)[below.id]
-
-    def present_leaves(self, layer_id: int, first: int = 0, end: int | None = None) -> Iterator[int]:
-        """The leaves that the layer itself has, ascending. Damaged when a bitmap is."""
-        for chunk, start, stop in presence.chunks_between(self.layer(layer_id).chunks, first, end):
-            for at in presence.bits(self._bitmap(layer_id, chunk), start, stop):
-                yield (chunk << CHUNK_SHIFT) + at
-
-    def chain_leaves(self, layer_id: int, first: int = 0, end: int | None = None, *, above: int = 0) -> Iterator[int]:
-        """The leaves that any layer of the chain (or of the slice down to `above`) has, ascending."""
-        stop_depth = self.layer(above).depth if above else 0
-        chain = [layer for layer in self.chain(layer_id) if layer.depth > stop_depth]
-        every = np.zeros(max(len(layer.chunks) for layer in chain) // 4, np.uint32)
-        for layer in chain:
-            every[: len(layer.chunks) // 4] |= np.frombuffer(layer.chunks, "<u4")
-        for chunk, start, stop in presence.chunks_between(every.tobytes(), first, end):
-            layers, bitmaps = self._stack(layer_id, chunk)
-            rows = [row for row, layer in enumerate(layers) if layer.depth > stop_depth]
-            merged = np.bitwise_or.reduce(bitmaps[rows], axis=0)
-            for at in presence.bits(merged.tobytes(), start, stop):
-                yield (chunk << CHUNK_SHIFT) + at
 
     def missing(self, layer_id: int, first_leaf: int = 0, end_leaf: int | None = None) -> Extents:
         """The pages of the layer that are still at a peer. Nothing is read when the layer's count says none."""

@@ -71,9 +71,10 @@ USE: Final = Table("use", 23, key_bytes=8, since=2)
 USER: Final = Table("user", 24, key_bytes=24, since=2)
 BLOCK: Final = Table("block", 25, key_bytes=32, since=2)
 MERGE: Final = Table("merge", 26, counted=True, key_bytes=8, since=2)
+VOID: Final = Table("void", 27, key_bytes=16, since=2)
 
 TABLES: Final = (
-    META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
+    META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOID, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
     OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST, CONTAINER, USE, USER, BLOCK, MERGE,
 )  # fmt: skip
 VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
@@ -295,6 +296,12 @@ CHUNK_LEAVES: Final = 1 << CHUNK_SHIFT
 CHUNK_BYTES: Final = CHUNK_LEAVES // 8
 
 
+# Voids: which leaves of a layer are zero throughout, whatever is in them or below, and which of these are still to be
+# settled: two bitmaps of a presence bitmap's form, one after the other.
+
+VOID_BYTES: Final = 2 * CHUNK_BYTES
+
+
 # Leaf sums: the short checksum of every leaf record, 256 to a record. A page of LMDB's that is older than what leads to
 # it holds sound records of the past; this is what tells them from those of now.
 
@@ -303,5 +310,5 @@ SUM_LEAVES: Final = 1 << SUM_SHIFT
 
 
 def leaf_key(layer: int, leaf: int) -> bytes:
-    """Key of a leaf; of a presence or leaf sum record with its number in place of the leaf's."""
+    """Key of a leaf; of a presence, void or leaf sum record with its number in place of the leaf's."""
     return PAIR.pack(layer, leaf)

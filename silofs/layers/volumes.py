@@ -18,8 +18,9 @@ from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, PAGE, PAGE_SHIFT, p
 from silofs.errors import BadName, BadSize, Busy, Damaged, Exists
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Ownership, Role, Snapshot, Value, Volume
-from silofs.layers.changes import Changes, pages_of
+from silofs.layers.changes import pages_of
 from silofs.layers.heads import ROWS, HeadWriter
+from silofs.layers.voids import VoidChanges
 from silofs.limits import CHAIN_DEPTH_MAX, IMAGE_SUFFIX, NAME, RETAIN_S, SIZE_MAX
 
 DROP_LEAVES: Final = 256
@@ -44,7 +45,7 @@ def kept_until() -> int:
     return time.time_ns() + int(RETAIN_S * 1e9)
 
 
-class VolumeChanges(Changes):
+class VolumeChanges(VoidChanges):
     """Create, delete, rename, resize, seal, snapshot, clone."""
 
     def create_volume(
@@ -167,7 +168,9 @@ class VolumeChanges(Changes):
         if size & (PAGE - 1):
             self._zero_tail(writer, size)
         end = pages_for(size)
-        gone = self._count_beyond(head.id, end) if end else writer.data_pages
+        # While voids are not settled the volume's count says too much, so that it cannot be taken as a whole.
+        whole = not end and not any(layer.unsettled for layer in self.chain(head.id))
+        gone = writer.data_pages if whole else self._count_beyond(head.id, end)
         self._cut(head.id, end)
         self.change_layer(head.id, size=size, clip=min(self.layer(head.id).clip, size), mapped=end)
         return writer.finish(size=size, mtime_ns=time.time_ns(), less=gone)
@@ -198,7 +201,11 @@ class VolumeChanges(Changes):
 
     def _cut(self, head: int, end_page: int) -> None:
         """Remove the head's own entries from `end_page` on."""
-        numbers = list(self.present_leaves(head, end_page >> LEAF_SHIFT))
+        self.end_voids_from(head, (end_page + LEAF_MASK) >> LEAF_SHIFT)
+        edge = end_page >> LEAF_SHIFT
+        numbers = list(self.present_leaves(head, edge))
+        if self.is_void(head, edge) and edge not in numbers[:1]:
+            numbers.insert(0, edge)
         for at in range(0, len(numbers), ROWS):
             some = numbers[at : at + ROWS]
             rows = self.stack_leaves(head, [self.peek_leaf(head, leaf) for leaf in some])
@@ -241,8 +248,8 @@ class VolumeChanges(Changes):
         """The uuid of the sealed state that the volume is exactly; empty if it was changed since."""
         volume = self.volume(uuid)
         head = self.layer(volume.head)
-        same = head.parent and not head.leaves and head.clip == volume.size == self.layer(head.parent).size
-        return self.layer(head.parent).uuid if same else b""
+        same_size = head.parent and head.clip == volume.size == self.layer(head.parent).size
+        return self.layer(head.parent).uuid if same_size and not head.leaves and not head.voids else b""
 
     def take_snapshot(self, uuid: bytes, name: str) -> Snapshot:
         """Seal, and name what was sealed."""
@@ -311,7 +318,7 @@ class VolumeChanges(Changes):
                 count = self.layer(layer.parent).data_pages
                 if layer.clip < self.layer(layer.parent).size:
                     count -= self._count_beyond(layer.parent, end)
-            for leaf in self.present_leaves(layer.id):
+            for leaf in sorted({*self.present_leaves(layer.id), *self.void_leaves(layer.id)}):
                 count += schema.count_data(self.resolve(layer.id, leaf))
                 if layer.parent:
                     visible = max(pages_for(layer.clip) - (leaf << LEAF_SHIFT), 0)
@@ -329,6 +336,7 @@ class VolumeChanges(Changes):
 
     def _drop(self, layer_id: int) -> None:
         """Remove a layer that nothing reaches: at once when it is small, else it is doomed."""
+        self.forget_voids(layer_id)
         if self.layer(layer_id).leaves > DROP_LEAVES:
             self.change_layer(layer_id, doomed=True)
             self.put_record(schema.DOOMED, catalog.layer_key(layer_id), Value(b""))

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from silofs.blocks import LEAF_BYTES, PAGE, pages_for
-from silofs.layers import schema
+from silofs.blocks import LEAF_BYTES, LEAF_PAGES, PAGE, pages_for
+from silofs.layers import heads, reclaim, schema
 from silofs.layers.aged import Pack
 from silofs.layers.clean import Clean
 from silofs.layers.merge import MergeLayers
 from silofs.layers.policies import drain
+from silofs.layers.reclaim import Reclaim
 from silofs.layers.repack import Repack
 from silofs.layers.rewrite import Budget, Reap, take
 from silofs.layers.share import share
@@ -257,6 +258,12 @@ class StoreMachine(RuleBasedStateMachine):
         volume.resize(max(len(volume.data), (to + count) * PAGE))
         volume.write(to * PAGE, content)
 
+    @rule(steps=st.sampled_from([1, 3]), leaves=st.sampled_from([1, 64]))
+    def reclaim(self, steps: int, leaves: int) -> None:
+        """Settling what was made void changes nothing that anybody reads."""
+        for _ in range(steps):
+            self.rig.store.submit(lambda txn: Reclaim().step(txn, Budget(leaves=leaves))).result()
+
     # Restarts
 
     @rule()
@@ -294,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
             with self.rig.store.reader() as txn:
                 for table in (
                     schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM,
-                    schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK,
+                    schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK, schema.VOID,
                 ):  # fmt: skip
                     assert not list(txn.scan_keys(table)), table.name
                 assert txn.layers() == []
@@ -303,8 +310,48 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.path)
 
 
+class VoidMachine(StoreMachine):
+    """The same with every whole leaf that is zeroed made void."""
+
+    def __init__(self) -> None:
+        self.void_leaves, heads.VOID_LEAVES = heads.VOID_LEAVES, 0
+        self.batch, reclaim.BATCH = reclaim.BATCH, 1
+        super().__init__()
+
+    @initialize()
+    def large(self) -> None:
+        self.create(SIZE_MAX)
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), pages=st.sampled_from([[0], [513], [7, 600, 1022], [511, 512, 1025]]))
+    def spread(self, data: st.DataObject, pages: list[int]) -> None:
+        name = self.pick(data)
+        for page in pages:
+            self.seed += 1
+            self.write(name, page * PAGE, page_bytes(page, self.seed))
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), first=st.sampled_from([0, 1]), count=st.sampled_from([1, 2]), edge=st.sampled_from([0, 3]))
+    def zero_leaves(self, data: st.DataObject, first: int, count: int, edge: int) -> None:
+        name = self.pick(data)
+        start, end = max(0, first * LEAF_PAGES - edge), (first + count) * LEAF_PAGES + edge
+        self.rig.zero(self.uuid(name), start, end)
+        self.waiting.append(("zero", name, start, end))
+
+    @invariant()
+    def sound(self) -> None:
+        assert self.rig.findings(read_data=False) == []
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            heads.VOID_LEAVES, reclaim.BATCH = self.void_leaves, self.batch
+
+
+TestVoids = VoidMachine.TestCase
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(
+TestStore.settings = TestVoids.settings = settings(
     max_examples=80,
     stateful_step_count=60,
     deadline=None,
