@@ -87,7 +87,7 @@ class Adapter(Files):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        with self._volumes.requests.handle() as request:
+        with self._volumes.requests.handle(names=True) as request:
             entry: Entry
             if request.before is not None:
                 entry = self._engine.reads.txn.volume(request.before.volume)
@@ -141,7 +141,7 @@ class Adapter(Files):
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """EBUSY while it has snapshots: `rm` must not be a way to lose them (`silofs rm` asks)."""
-        with self._volumes.requests.handle() as request:
+        with self._volumes.requests.handle(names=True) as request:
             if request.before is not None:
                 return
             volume = self._volume(parent_inode, name)
@@ -168,7 +168,7 @@ class Adapter(Files):
         ctx: RequestContext,
     ) -> None:
         """Never over an existing volume (EEXIST): `mv` must not be a way to lose a disk. `rm` it first."""
-        with self._volumes.requests.handle() as request:
+        with self._volumes.requests.handle(names=True) as request:
             if request.before is not None:
                 return
             volume = self._volume(parent_inode_old, name_old)

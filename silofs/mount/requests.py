@@ -1,6 +1,6 @@
 """The requests under way that change names or attributes: which of them were done before, and when all are settled.
 
-    with self._requests.handle() as request:            # before the handler's first await
+    with self._requests.handle(names=True) as request:  # before the handler's first await
         if request.before is not None:                   # an earlier daemon did it, and died before it answered
             return
         await engine.transact(lambda txn: (change(txn), request.note(txn, "unlink")))
@@ -10,8 +10,10 @@ again (docs/mount.md).
 
 **Settled.** Until the kernel's second sending of what the last daemon left has been read and answered, a command could
 come in between: remove a volume, make another of its name, and then be overtaken by a request from before. So commands
-that change anything wait for `settled`. The kernel puts what it sends again at the head of its queue, so all of it has
-been read once the queue was seen empty, or once more has been read than can have been under way.
+that change anything wait for `settled`: until those of these requests that change names are answered. (One that changes
+a size may have to wait for a command itself, for the end of a freeze.) The kernel puts what it sends again at the head
+of its queue, so all of it has been read once the queue was seen empty, or once more has been read than can have been
+under way.
 """
 
 from __future__ import annotations
@@ -60,20 +62,20 @@ class Requests:
         self._mount = mount
         self._current = current
         self._txn = txn
-        self._under_way: set[Request] = set()
+        self._under_way: dict[Request, bool] = {}  # does it change names
         self._left: set[Request] | None = None  # of those that must be answered first; None: they may not all be read
         self._answered: set[int] = set()
         self._reads = 0  # of /dev/fuse
 
     @contextmanager
-    def handle(self) -> Iterator[Request]:
-        """Around a handler, from before its first await to its answer."""
+    def handle(self, *, names: bool = False) -> Iterator[Request]:
+        """Around a handler, from before its first await to its answer. names: it changes one."""
         sent = self._current() or 0
         number = sent & ~RESENT
         before = store.find(self._txn(), self._mount, number) if sent & RESENT else None
         # A copy: the transaction reads it on another thread, and may do so twice.
         request = Request(self._mount, number, before, set(self._answered))
-        self._under_way.add(request)
+        self._under_way[request] = names
         try:
             yield request
             failpoints.hit("request.done")
@@ -86,7 +88,7 @@ class Requests:
             self._leave(request)
 
     def _leave(self, request: Request) -> None:
-        self._under_way.discard(request)
+        del self._under_way[request]
         if self._left is not None:
             self._left.discard(request)
             self._settle()
@@ -98,7 +100,7 @@ class Requests:
         """
         self._reads += reads
         if self._left is None and (empty or self._reads >= READS_AT_MOST):
-            self._left = set(self._under_way)
+            self._left = {request for request, names in self._under_way.items() if names}
             self._settle()
         return self._left is not None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,54 @@ def test_a_command_does_not_come_between_a_call_and_its_repetition(tmp_path: Pat
         rm.join(20)
         assert not rm.is_alive() and not errors
         assert mount.image("vm1").stat().st_size == 2 << 20
+
+
+def busy_with_names(mount: Mount, name: str, stop: threading.Event, errors: list[BaseException]) -> None:
+    """Make, write, read, rename and remove files, for ever; any error is one too many."""
+    one, two = mount.image(name), mount.image(f"{name}-b")
+    number = 0
+    try:
+        while not stop.is_set():
+            number += 1
+            text = f"{name} {number}".encode().ljust(64)
+            fd = os.open(one, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            os.pwrite(fd, text, 0)
+            one.rename(two)
+            if number % 3 == 0:
+                two.unlink()  # while it is open
+            assert os.pread(fd, 64, 0) == text
+            os.close(fd)
+            if number % 3:
+                assert two.read_bytes() == text
+                two.write_bytes(text * 2)  # truncates
+                assert two.read_bytes() == text * 2
+                two.unlink()
+    except BaseException as error:
+        errors.append(error)
+
+
+def test_names_and_handles_under_random_kills(mount: Mount) -> None:
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    workers = [
+        threading.Thread(target=busy_with_names, args=(mount, name, stop, errors)) for name in ("vm1", "vm2", "vm3")
+    ]
+    for worker in workers:
+        worker.start()
+    rng = random.Random(7)
+    try:
+        for _ in range(12):
+            time.sleep(rng.uniform(0.2, 1.0))
+            mount.wait_served(not_by=mount.kill_daemon())
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join(30)
+    assert not errors, errors
+    assert not any(worker.is_alive() for worker in workers)
+    wait(lambda: mount.ask("status")["open_handles"] == 0, "no handle is left over")
+    assert mount.ask("df")["orphans"] == 0 and mount.ask("ls")["volumes"] == []
+    assert mount.silofs("check").returncode == 0
 
 
 # Removed while open

@@ -186,12 +186,16 @@ async def test_settled_means_that_all_that_was_left_is_answered(daemons: Daemons
     async with daemons.daemon(settled=False):
         requests = daemons.requests
         assert not requests.seen(64, False) and not requests.settled.is_set()
-        with requests.handle():
+        with requests.handle(names=True), requests.handle():
             assert requests.seen(0, True), "nobody has to tell it any more"
-            with requests.handle():
+            with requests.handle(names=True):
                 pass  # came later
             assert not requests.settled.is_set()
         assert requests.settled.is_set()
+    async with daemons.daemon(settled=False):
+        with daemons.requests.handle():
+            daemons.requests.seen(0, True)
+            assert daemons.requests.settled.is_set(), "a size may have to wait for a command"
     async with daemons.daemon(settled=False):
         assert not daemons.requests.seen(READS_AT_MOST - 1, False)
         assert daemons.requests.seen(1, False), "the queue was never seen empty, and yet it is past what was left"
