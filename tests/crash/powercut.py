@@ -108,9 +108,13 @@ class Replay:
         image, mountpoint = self._directory / "cut.image", self._directory / CUT
         mountpoint.mkdir(exist_ok=True)
         self._advance(count)
-        self._write(image, self._survivors(count, rng))
+        command = ["mount", "-t", "ext4", "-o", "loop,noinit_itable", image, mountpoint]
         try:
-            subprocess.run(["mount", "-t", "ext4", "-o", "loop,noinit_itable", image, mountpoint], check=True)
+            # ext4 does not promise to survive when one of its own blocks is torn: then they come whole.
+            for size in (rng.choice(PIECES), BLOCK):
+                self._write(image, self._survivors(count, rng, size))
+                if subprocess.run(command, capture_output=size < BLOCK, check=size == BLOCK).returncode == 0:
+                    break
             try:
                 yield mountpoint
             finally:
@@ -125,10 +129,9 @@ class Replay:
             self._put(self._disk, entry.offset, self._data[entry.data : entry.data + entry.length])
         self._flushed = flush
 
-    def _survivors(self, count: int, rng: random.Random) -> list[tuple[int, bytes]]:
-        """What reached the disk of the writes since that flush: half of the pieces."""
+    def _survivors(self, count: int, rng: random.Random, size: int) -> list[tuple[int, bytes]]:
+        """What reached the disk of the writes since that flush: half of the pieces of that size."""
         kept = []
-        size = rng.choice(PIECES)
         for entry in self.entries[self._flushed : count]:
             for start in range(0, entry.length, size):
                 if rng.random() < 0.5:

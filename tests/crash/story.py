@@ -17,7 +17,7 @@ from time import monotonic_ns
 
 import numpy as np
 
-from tests.crash.content import UNIT, Numbers, hashes
+from tests.crash.content import Numbers, hashes
 
 FAR = 1 << 62
 
@@ -104,6 +104,11 @@ class Story:
         self.chapters.append(Chapter(issued, monotonic_ns(), sorted(self.volumes), prints, together or {}))
         self._told |= {name: volume.history for name, volume in self.volumes.items()}
 
+    def given(self, since: int, volumes: dict[str, str], snapshots: dict[str, str]) -> None:
+        """One chapter only: what was there at `since` and stays."""
+        self.chapters.append(Chapter(since, since, sorted(volumes), snapshots))
+        self._told = {name: History([each], [(since, 0)]) for name, each in volumes.items()}
+
     def save(self, path: Path) -> None:
         histories = {name: asdict(history) for name, history in self._told.items()}
         path.write_text(json.dumps({"chapters": [asdict(each) for each in self.chapters], "histories": histories}))
@@ -145,7 +150,3 @@ class Expected:
                 newest = len(history.prints) - 1
                 wrong.append(f"{name} shows {known} ({found}), not one of {oldest} to {newest}")
         return wrong
-
-
-def units(size: int) -> int:
-    return size // UNIT

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash import upkeep
 from tests.crash.explore import explore
 from tests.crash.telling import record, scratch
 
@@ -34,6 +35,17 @@ def test_synced_writes_survive_and_the_rest_is_a_prefix(
     found = explore(directory, cuts=cuts)
     with capsys.disabled():
         print(f"\n{found.cuts} power cuts, anywhere and behind {', '.join(found.steps)}")
+    assert not found.problems, "\n".join(found.problems)
+
+
+@pytest.mark.parametrize(("what", "share"), [("background", 2), ("upgrade", 10)])
+def test_background_work_and_upgrades_change_nothing_that_is_seen(
+    directory: Path, what: str, share: int, cuts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upkeep.record(directory, what)
+    found = explore(directory, cuts=cuts // share)
+    with capsys.disabled():
+        print(f"\n{what}: {found.cuts} power cuts, anywhere and behind {', '.join(found.steps)}")
     assert not found.problems, "\n".join(found.problems)
 
 
