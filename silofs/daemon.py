@@ -294,6 +294,7 @@ class Daemon:
             "open_handles": len(self._log.handles),
             "no_journal": self._engine.commits.journal.absent or None,
             "requests_refused": self._adapter.counters.refused,
+            "background": self._engine.background.statistics(),
             "handler_bugs": self._adapter.counters.bugs,
             "quarantined": self._store.quarantined(),
         }

@@ -44,6 +44,7 @@ class View:
     opens: Mapping[bytes, int] = field(default_factory=dict)  # open handles by volume
     peer: Callable[[str], str] = str  # the name of a peer, by what ownership records call it
     shown: Callable[[Volume], Shown] = _as_stored
+    dead_pages: int | None = None  # in objects that still hold live ones; None while nobody knows
 
     def path(self, name: str) -> str | None:
         return None if self.mountpoint is None else f"{self.mountpoint}/{name}{limits.IMAGE_SUFFIX}"

@@ -107,7 +107,9 @@ class Service:
         def shown(volume: Volume) -> tuple[Volume, int, int]:
             return buffered.get(volume.uuid) or (volume, volume.size, volume.data_pages)
 
-        return View(self._engine.store.path, self._about().get("mountpoint"), opens, self.peer_name, shown)
+        store = self._engine.store
+        mountpoint = self._about().get("mountpoint")
+        return View(store.path, mountpoint, opens, self.peer_name, shown, store.usage.dead_pages)
 
     def _about(self) -> Fields:
         return {} if self._host is None else self._host.status()

@@ -115,6 +115,7 @@ def df(txn: ReadTxn, args: Args, view: View) -> Fields:
     free = space.f_bavail * space.f_frsize
     volumes = txn.volumes()
     files = [path for path in (view.store / "data").iterdir() if path.is_file()]
+    doomed = sum(layer.own_pages for layer in txn.layers() if layer.doomed)
     return {
         "store": str(view.store),
         "total": space.f_blocks * space.f_frsize,
@@ -124,6 +125,7 @@ def df(txn: ReadTxn, args: Args, view: View) -> Fields:
         "file_bytes": sum(path.stat().st_blocks * 512 for path in files),
         "held_bytes": txn.held_bytes(),
         "data_bytes": sum(layer.own_pages for layer in txn.layers()) * PAGE,
+        "reclaimable": None if view.dead_pages is None else (view.dead_pages + doomed) * PAGE,
         "volumes": len(volumes),
         "orphans": len(txn.orphans()),
         "virtual_bytes": sum(volume.size for volume in volumes),

@@ -106,6 +106,11 @@ def df_command(app: App) -> None:
                 ("file system", f"{show_size(fields['total'])}, {show_size(fields['free'])} free"),
                 ("can be written", show_size(fields["available"])),
                 ("store's files", show_size(fields["file_bytes"])),
+                *(
+                    [("to be reclaimed", show_size(fields["reclaimable"]))]
+                    if fields["reclaimable"] is not None
+                    else []
+                ),
                 ("volumes", f"{fields['volumes']}, {show_size(fields['virtual_bytes'])} of virtual size"),
             ]
         ),

@@ -67,7 +67,7 @@ class Clean(Policy):
 
     def hurry(self) -> float:
         excess = self._excess()
-        return min(HURRY_MAX, 1 + 8 * excess / CLEAN_SLACK_PAGES) if excess > 0 else 0
+        return min(HURRY_MAX, 1 + 4 * excess / CLEAN_SLACK_PAGES) if excess > 0 else 0
 
     def _excess(self) -> float:
         """LMDB pages that objects take beyond what they may."""
@@ -178,6 +178,7 @@ class Clean(Policy):
             "objects": usage.objects,
             "stored_pages": usage.stored_pages,
             "live_pages": usage.live,
+            "amplification_percent": 100 * usage.stored_pages // usage.live if usage.live else 0,
             "backlog_pages": max(0, int(self._excess())),
             "moved_pages": self.moved,
             "lone_packed": self.lone_packed,

@@ -37,6 +37,11 @@ class Usage:
         """LMDB pages that objects take."""
         return self.objects * OBJECT_LMDB_PAGES
 
+    @property
+    def dead_pages(self) -> int | None:
+        """Slots of objects that hold nothing any more; None while that is not known."""
+        return self.objects * schema.OBJECT_PAGES - self.live if self.complete else None
+
     def learn(self, found: Mapping[int, tuple[int, int]], read_to: int | None) -> None:
         """What was read of the groups below `read_to`; None: there are no more."""
         self.read_to = self.read_to if read_to is None else read_to
