@@ -114,7 +114,9 @@ def _apply(writer: HeadWriter, txn: WriteTxn, pending: Pending, ring: memoryview
     writer.zero((first, min(end, end_page)) for first, end in pending.zeros)
     if not pending.pages:
         return
-    patches = {page: entry for page, entry in pending.pages.items() if isinstance(entry, Patch)}
+    patches: dict[int, Patch] = {}
+    if Patch in set(map(type, pending.pages.values())):
+        patches = {page: entry for page, entry in pending.pages.items() if isinstance(entry, Patch)}
     rendered = {page: _render(writer, txn, page, patch, ring) for page, patch in patches.items()}
     numbers = np.fromiter(pending.pages, np.int64, len(pending.pages))
     if patches:

@@ -8,7 +8,7 @@ hold is never touched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import numpy as np
@@ -44,6 +44,9 @@ class HeadWriter:
 
     def write(self, numbers: Numbers, data: Sequence[Buffer | None], zero: npt.NDArray[np.bool_]) -> None:
         """Pages with ascending numbers: their bytes, None for one that is lost; `zero` says which are all zero."""
+        if None not in data and not zero.any():  # as nearly always
+            self._put(numbers, self._txn.store_pages(self._head, numbers.tolist(), cast("Sequence[Buffer]", data)))
+            return
         refs = np.where(zero, np.uint64(schema.ZERO), np.uint64(schema.LOST))
         at, kept = [], []
         for index, (page, is_zero) in enumerate(zip(data, zero.tolist(), strict=True)):

@@ -83,7 +83,7 @@ class ObjectChanges(Puts):
         self, object_id: int, layer_id: int | Sequence[int], pages: Sequence[int], data: Sequence[Buffer]
     ) -> None:
         key = schema.KEY.pack(object_id)
-        sums = [schema.page_sum(page, object_id, slot) for slot, page in enumerate(data)]
+        sums = schema.page_sums(data, object_id)
         parts = [schema.object_header(object_id, sums), *data]
         if len(data) < schema.OBJECT_PAGES:
             parts.append(bytes((schema.OBJECT_PAGES - len(data)) << 12))

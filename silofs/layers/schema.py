@@ -194,6 +194,11 @@ def page_sum(data: Buffer, object_id: int, slot: int) -> int:
     return xxh3_64_intdigest(data, object_id << 8 | slot)
 
 
+def page_sums(pages: Sequence[Buffer], object_id: int) -> list[int]:
+    """`page_sum` of all slots of an object."""
+    return list(map(xxh3_64_intdigest, pages, range(object_id << 8, (object_id << 8) + len(pages))))
+
+
 def object_header(object_id: int, sums: list[int]) -> bytes:
     header = bytearray(HEADER_BYTES)
     HEADER.pack_into(header, 0, OBJECT_MAGIC, object_id, len(sums), 0)
