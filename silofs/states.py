@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from silofs.blocks import PAGE
-from silofs.errors import Exists
 from silofs.layers.reader import ReadTxn
 from silofs.layers.transaction import WriteTxn
 from silofs.stream import Head
@@ -80,7 +79,7 @@ class Sent:
 
 
 def sent(txn: ReadTxn, args: Args) -> Sent:
-    """The snapshot that a stream is to carry, and the one that it is to be a change of."""
+    """The snapshot that a stream is to carry, and the one that it is to be a change of; nothing may have changed."""
     name = name_in(args, "volume")
     volume = owned(txn, name, "an export")
     taken = txn.find_snapshot(volume.uuid, name_in(args, "snapshot"))
@@ -90,9 +89,6 @@ def sent(txn: ReadTxn, args: Args) -> Sent:
         head = Head(name, taken.name, layer.uuid, layer.size, taken.created_ns)
         return Sent(head, layer.id, 0, taken.data_pages * PAGE)
     older = txn.layer(txn.find_snapshot(owned(txn, since, "an export").uuid, since_snapshot).layer)
-    if older.id == layer.id:
-        hint = "nothing changed between them: there is nothing to send"
-        raise Exists(f"{since}@{since_snapshot} and {name}@{taken.name} are one state", hint=hint)
     head = Head(
         name,
         taken.name,

@@ -228,7 +228,7 @@ def _checked_head(body: bytes) -> Head:
         for name in (head.volume, head.snapshot):
             check_name(name)
         sizes = head.size, head.base_size
-        if len(head.uuid) != 16 or len(head.base) not in (0, 16) or head.uuid == head.base or head.created_ns < 0:
+        if len(head.uuid) != 16 or len(head.base) not in (0, 16) or head.created_ns < 0:
             raise BadStream("the stream's header names no state")
         if not all(0 <= size <= SIZE_MAX for size in sizes) or len(head.base_name) > 300:
             raise BadStream("the stream's header has a size that no volume has")
