@@ -7,6 +7,7 @@ waits a moment and then ends with exit code 75 (docs/cli.md).
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,12 +91,23 @@ def lock_owner(store: Path) -> int | None:
     Read from /proc/locks (proc_locks(5)): taking the lock to see whether it is free would get in a daemon's way.
     """
     try:
-        inode = (store / "lock").stat().st_ino
+        about = (store / "lock").stat()
         text = Path("/proc/locks").read_text()
     except OSError:
         return None
+    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
     for line in text.splitlines():
         fields = line.split()
-        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].rsplit(":", 1)[-1] == str(inode):
-            return max(0, int(fields[4]))
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(about.st_ino):
+            pid = max(0, int(fields[4]))
+            # The same number on another file system is another file; and some (btrfs) tell stat(2) another device.
+            if fields[5].startswith(f"{device}:") or _has_open(pid, about):
+                return pid
     return None
+
+
+def _has_open(pid: int, about: os.stat_result) -> bool:
+    try:
+        return any(os.path.samestat(link.stat(), about) for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
