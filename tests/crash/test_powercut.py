@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import upkeep
+from tests.crash import mutant, upkeep
 from tests.crash.explore import explore
 from tests.crash.telling import record, scratch
 
@@ -60,6 +60,11 @@ def test_a_store_that_does_not_sync_is_noticed(directory: Path) -> None:
 def test_a_mount_that_does_not_see_the_flags_of_a_write_is_noticed(directory: Path) -> None:
     """The same for RWF_DSYNC: without the extension such a write is acknowledged as if it were a plain one."""
     assert noticed(directory, {"SILOFS_EXTENSION": "off"})
+
+
+@pytest.mark.parametrize("name", mutant.MUTANTS)
+def test_a_mistake_in_the_journal_is_noticed(directory: Path, name: str) -> None:
+    assert noticed(directory, mutant.environment(directory, name))
 
 
 def noticed(directory: Path, environment: dict[str, str], *, cuts: int = 60) -> bool:
