@@ -107,10 +107,5 @@ class HandleTable:
         """Every open handle."""
         return iter(tuple(self._by_id.values()))
 
-    def clear(self) -> None:
-        """Forget all: a fresh mount has none of the old one's handles."""
-        for handle in self.items():
-            self.release(handle.id)
-
     def __len__(self) -> int:
         return len(self._by_id)

@@ -7,7 +7,8 @@ neighbours of one kind become one. Locks of different owners on one file conflic
 for reading.
 
 A file is a volume, or a snapshot's layer. A lock is also bound to the handle through which it was set, and goes when
-that is released: a killed holder of a lock sends no unlock, but the kernel closes its files.
+that is released: a killed holder of a lock sends no unlock, but the kernel closes its files. (So a process's own locks
+stay until the file is closed that they were set through; fcntl(2) drops them with any other that it has open.)
 
 **What a kill leaves.** A change of the table may write several slots (unlocking the middle of a range takes one away
 and adds two), and must be seen as a whole or not at all, since another owner's request may be answered before this one
@@ -148,10 +149,6 @@ class LockTable:
             locks = self._locks[_file(found)]
             self._change(_file(found), [slot for slot, lock in locks.items() if lock.handle == handle], ())
             self.released()
-
-    def drop_owner(self, handle: int, owner: int) -> None:
-        """Every lock of an owner on the file of a handle: what close(2) does to a process's own."""
-        self.set(handle, owner, 0, TO_EOF, UNLOCK)
 
     def _replace(self, file: _File, wanted: Lock) -> None:
         """What the owner has in the range becomes `wanted`; what sticks out on either side stays."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -36,6 +35,7 @@ from silofs.mount import kernel, logfile, prepare
 from silofs.mount.backoff import Backoff
 from silofs.mount.channel import ChannelError, Message
 from silofs.mount.child import Child, Stage
+from silofs.mount.watches import Watches
 
 
 class Holder:
@@ -46,8 +46,7 @@ class Holder:
         self._module, self._arguments = module, [*arguments, "--store", str(store), "--mountpoint", str(mountpoint)]
         self._ready: Callable[[dict[str, Any]], None] | None = None
         self._backoff = Backoff()
-        self._poller = select.poll()
-        self._watched: dict[int, Callable[[], None]] = {}
+        self._watches = Watches()
         self._current: Child | None = None  # the one that has the store
         self._spares: list[Child] = []  # successors, the preferred one first
         self._fuse = -1
@@ -69,7 +68,7 @@ class Holder:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._watch(self._wakeup, self._signalled)
+        self._watches.add(self._wakeup, self._signalled)
 
     # The start
 
@@ -107,9 +106,9 @@ class Holder:
     def _spawn(self) -> Child:
         child = Child(self._module, self._arguments)
         child.enter(Stage.BOOTING, time.monotonic())
-        self._watch(child.pidfd, lambda: self._died(child))
-        self._watch(child.channel.fileno(), lambda: self._messages(child))
-        self._watch(child.session.fileno(), lambda: self._init_replied(child))
+        self._watches.add(child.pidfd, lambda: self._died(child))
+        self._watches.add(child.channel.fileno(), lambda: self._messages(child))
+        self._watches.add(child.session.fileno(), lambda: self._init_replied(child))
         return child
 
     def _spare(self) -> Child:
@@ -161,8 +160,7 @@ class Holder:
         except ChannelError as error:
             self._note(f"daemon {child.pid}: {error}")
             child.kill()
-        if child.channel.fileno() in self._watched and _closed(child.channel.fileno()):
-            self._unwatch(child.channel.fileno())
+        self._watches.remove_closed(child.channel.fileno())
 
     def _message(self, child: Child, message: Message) -> None:
         now = time.monotonic()
@@ -210,7 +208,7 @@ class Holder:
             reply = child.init_reply()
         except BlockingIOError:
             return
-        self._unwatch(child.session.fileno())
+        self._watches.remove(child.session.fileno())
         if reply is None:
             return  # it is dying; its pidfd says so too
         self._messages(child)  # its abilities, which it named before it replied
@@ -271,7 +269,7 @@ class Holder:
     def _died(self, child: Child) -> None:
         self._messages(child)  # its last words
         for fd in (child.pidfd, child.channel.fileno(), child.session.fileno()):
-            self._unwatch(fd)
+            self._watches.remove(fd)
         status = child.reap()
         if child is not self._current:
             if child in self._spares:
@@ -319,23 +317,11 @@ class Holder:
 
     # The loop
 
-    def _watch(self, fd: int, then: Callable[[], None]) -> None:
-        self._watched[fd] = then
-        self._poller.register(fd, select.POLLIN)
-
-    def _unwatch(self, fd: int) -> None:
-        if self._watched.pop(fd, None) is not None:
-            self._poller.unregister(fd)
-
     def _turn(self) -> None:
         """Wait for the next event or the next due time, and do what it asks for."""
         due = self._due()
-        timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
-        ready = [(fd, self._watched.get(fd)) for fd, _events in self._poller.poll(timeout)]
-        for fd, then in ready:
-            # An earlier callback of this turn may have closed it, and its number may be another descriptor's by now.
-            if then is not None and self._watched.get(fd) is then:
-                self._attempt(then)
+        for then in self._watches.wait(None if due is None else max(0.0, due - time.monotonic()) + 0.001):
+            self._attempt(then)
         self._attempt(lambda: self._timers(time.monotonic()))
 
     def _attempt(self, then: Callable[[], None]) -> None:
@@ -449,12 +435,6 @@ class Holder:
 def _patience(child: Child) -> float:
     """How long a daemon may stay in its stage before it counts as stuck."""
     return limits.DRAIN_S * 6 if child.stage is Stage.LEAVING else limits.START_S
-
-
-def _closed(fd: int) -> bool:
-    poller = select.poll()
-    poller.register(fd, 0)
-    return any(events & select.POLLHUP for _fd, events in poller.poll(0))
 
 
 def _spare_from_the_oom_killer() -> None:

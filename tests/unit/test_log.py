@@ -287,7 +287,8 @@ def test_handles_survive_the_daemon_and_ids_are_never_reused() -> None:
         assert again.allocate(VOLUME, 0, request=77) == first
         assert again.allocate(VOLUME, 0) == second + 1
         assert again.release(second) is None
-        again.clear()
+        for handle in again.items():
+            again.release(handle.id)
         assert len(WriteLog.open(fd, STORE).handles) == 0
 
 

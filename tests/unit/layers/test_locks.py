@@ -100,12 +100,6 @@ class LockMachine(RuleBasedStateMachine):
             for owner in [owner for owner, (_, by) in at.items() if by == handle]:
                 del at[owner]
 
-    @rule(handle=st.sampled_from([1, 2, 3, 4]))
-    def close_as_posix_does(self, handle: int) -> None:
-        self.memory.locks.drop_owner(handle, OWNERS[handle])
-        for at in self.file(handle):
-            at.pop(OWNERS[handle], None)
-
     @rule()
     def next_daemon(self) -> None:
         self.memory.start()

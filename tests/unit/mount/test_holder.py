@@ -14,6 +14,7 @@ from silofs.mount import holder as module
 from silofs.mount import prepare
 from silofs.mount.child import Stage
 from silofs.mount.holder import Holder
+from silofs.mount.watches import Watches
 
 
 class Sent:
@@ -107,27 +108,27 @@ def test_a_new_daemon_that_is_dropped_is_an_answer(holder: Holder, monkeypatch: 
     assert new.killed == 1 and not holder._spares
 
 
-def test_a_descriptor_that_was_given_to_another_meanwhile_is_not_served(
-    holder: Holder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One turn sees two descriptors ready; the callback of the first closes the second and watches its number anew."""
-    called: list[str] = []
+def test_a_descriptor_that_was_given_to_another_meanwhile_is_not_served() -> None:
+    """Two descriptors are ready; what is done for the first closes the second, and its number is another's then."""
+    watches, called = Watches(), list[str]()
+    pipes = [os.pipe() for _ in range(2)]
+    for _, writer in pipes:
+        os.write(writer, b"x")
+    (one, _), (two, _) = pipes
 
-    class Poller:
-        def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-            return [(1, 1), (2, 1)]
-
-    def first() -> None:
+    def first(fd: int) -> None:
         called.append("first")
-        holder._watched[2] = lambda: called.append("new")
+        other = two if fd == one else one
+        watches.remove(other)
+        watches.add(other, lambda: called.append("new"))
 
-    holder._poller = Poller()  # type: ignore[assignment]
-    holder._watched = {1: first, 2: lambda: called.append("old")}
-    holder._generations = 0
-    monkeypatch.setattr(holder, "_timers", lambda now: None, raising=False)
-    monkeypatch.setattr(holder, "_due", lambda: None, raising=False)
-    holder._turn()
+    watches.add(one, lambda: first(one))
+    watches.add(two, lambda: first(two))
+    for then in watches.wait(0.0):
+        then()
     assert called == ["first"]
+    for fd in (fd for pipe in pipes for fd in pipe):
+        os.close(fd)
 
 
 def test_a_fault_of_the_holder_does_not_end_a_mount(
