@@ -147,8 +147,8 @@ def du(txn: ReadTxn, args: Args, view: View) -> Fields:
         if name in (None, each.name)
     ]
     orphaned = sum(facts.exclusive(volume, txn.chain(volume.head)) for volume in txn.orphans())
-    stored = sum(layer.own_pages for layer in txn.layers()) * PAGE
-    return {"volumes": rows, "arriving": kept, "orphaned": orphaned, "stored": stored}
+    held = sum(layer.own_pages for layer in txn.layers()) * PAGE
+    return {"volumes": rows, "arriving": kept, "orphaned": orphaned, "held": held, "stored": txn.stored_bytes()}
 
 
 def check(store: Store, args: Args, progress: Progress, cancelled: Cancelled = never) -> Fields:

@@ -132,6 +132,8 @@ def du_command(app: App, name: str | None) -> None:
             right=frozenset({1, 2, 3, 4}),
         ),
     )
+    if fields["held"] != fields["stored"]:
+        app.note(f"{show_size(fields['held'])} of pages take {show_size(fields['stored'])} in the store")
     for kept in fields["arriving"]:
         what = f"{show_size(kept['bytes'])} of an interrupted import of {kept['name']} are kept"
         app.note(f"{what}: run it again, or silofs import --abandon {kept['name']}")

@@ -61,7 +61,7 @@ class Warm:
     def page(self, ref: int) -> memoryview | None:
         """A DATA, LONE or PACKED page's bytes, verified; None when a thread should get it."""
         if ref & KIND_MASK == PACKED:
-            return self._packed(ref, 1)
+            return self._packed(ref, 1, here=True)
         object_id = ref >> OBJECT_SHIFT
         view = self.young.get(object_id)
         if view is None:
@@ -100,10 +100,11 @@ class Warm:
 
     def packed_run(self, ref: int, count: int) -> memoryview | bytes | None:
         """The bytes of `count` consecutive slots of a container; None when a thread should get them."""
+        here = count <= BLOCK_PAGES
         parts: list[memoryview] = []
         while count:
             some = min(count, BLOCK_PAGES - (ref >> SLOT_SHIFT & BLOCK_MASK))
-            part = self._packed(ref, some)
+            part = self._packed(ref, some, here=here)
             if part is None:
                 return None
             parts.append(part)
@@ -111,11 +112,23 @@ class Warm:
             count -= some
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _packed(self, ref: int, count: int) -> memoryview | None:
-        """Pages of one block, if it is unpacked already; else it is a thread's work."""
+    def _packed(self, ref: int, count: int, *, here: bool) -> memoryview | None:
+        """Pages of one block. Unpacking one costs less than a thread would, so that is done `here` if the disk need
+
+        not be waited for; of a long read, which has many, it is a thread's work.
+        """
         container_id, slot = ref >> OBJECT_SHIFT, ref >> SLOT_SHIFT & SLOT_MASK
         unpacked = self._txn.unpacked.get(container_id, slot)
-        return None if unpacked is None else cut(container_id, slot, count, unpacked)
+        if unpacked is not None:
+            return cut(container_id, slot, count, unpacked)
+        if not here or not (container_id in self.objects or container_id >= self._lately):
+            return None
+        self._mark[1] = container_id
+        try:
+            return self._txn.packed(ref, count)
+        except (Damaged, ObjectMissing):
+            self.objects.drop(container_id)
+            return None
 
     def _view(self, ref: int) -> memoryview | None:
         """The object's view if a look-up need not wait for the disk."""
@@ -137,7 +150,7 @@ class Warm:
     def touched(self, ref: int) -> None:
         """A thread has just read this page: from now on it may be read inline."""
         object_id = ref >> OBJECT_SHIFT
-        if object_id in self.objects or ref & KIND_MASK == PACKED:
+        if object_id in self.objects:
             return
         if ref & KIND_MASK == DATA:
             try:

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, ZERO_PAGE, pages_for
+from silofs.blocks import LEAF_PAGES, LEAF_SHIFT, PAGE, ZERO_PAGE, pages_for
 from silofs.errors import Damaged, ObjectMissing
 from silofs.extents import Extents
 from silofs.layers import containers, leaves, presence, schema
@@ -293,6 +293,11 @@ class ReadTxn(BitmapReader):
         if (~here & (kinds > schema.ZERO)).any():
             raise Damaged(f"leaf {leaf} of layer {layer_id} has pages that are not here")
         return leaf_digest(leaf, np.minimum(kinds, schema.DATA), self.views(refs[here]))
+
+    def stored_bytes(self) -> int:
+        """What pages take in the store: objects, containers and lone pages, without their records. Constant cost."""
+        large = self.entries(schema.OBJECT) + self.entries(schema.CONTAINER)
+        return large * schema.OBJECT_BYTES + self.entries(schema.PAGES) * PAGE
 
     def pins(self, layer_id: int) -> list[Pin]:
         return [pin for _, pin in self._scan_records(schema.PIN, Pin, layer_key(layer_id))]
