@@ -5,9 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+BUDGETS_S = {
+    "unit": 240,
+    "stateful": 120,
+    "sim": 120,
+    "golden": 30,
+    "fuse": 360,
+    "faults": 360,
+    "crash": 600,
+    "migrate": 480,
+    "qemu": 360,
+}
+"""Seconds that all tests of a directory may take on two quiet cores: what is over is a warning, since no machine is
+known to be quiet. docs/testing.md has the sum."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +49,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("fuse"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Time by directory, beside its budget."""
+    spent: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                spent[Path(report.nodeid).parts[1]] += report.duration
+    terminalreporter.section("time by directory")
+    for name, seconds in spent.most_common():
+        budget = BUDGETS_S.get(name)
+        over = "" if budget is not None and seconds <= budget else "   OVER ITS BUDGET"
+        terminalreporter.write_line(f"{name:9} {seconds:6.0f} s of {budget or 0}{over}")
 
 
 @pytest.fixture
