@@ -6,6 +6,7 @@ only a new format version may do.
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 import tarfile
@@ -17,10 +18,12 @@ import numpy as np
 from silofs.blocks import LEAF_PAGES, PAGE
 from silofs.layers import catalog, containers, leaves, schema
 from silofs.layers.catalog import Layer, Ownership, Role, Value, Volume
-from silofs.layers.containers import Block
+from silofs.layers.containers import BLOCK_PAGES, Block
+from silofs.layers.share import share
 from silofs.layers.use_records import USER, USER_COUNT, Use
 from silofs.limits import GIB
 from tests.storerig import Rig, read_layer
+from tests.unit.layers.test_store_packs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = Path(__file__).parent
@@ -127,19 +130,35 @@ def fill_sample(rig: Rig) -> None:
     other = rig.store.write(lambda txn: txn.clone(layer, "clone", size=GIB)).uuid
     put(other, range(0, 100, 7), 2)
     rig.store.write(lambda txn: txn.put_value("peer", "hostB", b"{}"))
+    layer, _ = load(rig, packed_blocks(), size=4 * LEAF_PAGES * PAGE)
+    copy = rig.store.write(lambda txn: txn.clone(layer, "packed")).uuid
+    rig.store.write(lambda txn: txn.unpin(layer, "test"))
+    rig.store.write(lambda txn: share(txn, layer, 1, copy, 600, 40))
+    rig.store.write(lambda txn: share(txn, txn.volume(vm).head, 0, copy, 700, 40))
 
 
-def sample_pages() -> dict[str, dict[int, bytes]]:
+def packed_blocks() -> bytes:
+    """Blocks that pack, twice each, and one that does not."""
+    return b"".join(stamped(at // 2, 7) * BLOCK_PAGES for at in range(20)) + random.Random(1).randbytes(16 * PAGE)
+
+
+def sample_pages(version: int) -> dict[str, dict[int, bytes]]:
     first = {page: stamped(page) for page in [*range(40), LEAF_PAGES, 3 * LEAF_PAGES - 1]}
     vm = {page: data for page, data in first.items() if page not in (5, 6, 7) and page < 2 * LEAF_PAGES}
     vm |= {page: stamped(page, 1) for page in (1, 2)}
-    return {"vm": vm, "first": first, "clone": first | {page: stamped(page, 2) for page in range(0, 100, 7)}}
+    pages = {"vm": vm, "first": first, "clone": first | {page: stamped(page, 2) for page in range(0, 100, 7)}}
+    if version >= 2:
+        blocks = packed_blocks()
+        packed = {at: blocks[at * PAGE : (at + 1) * PAGE] for at in range(len(blocks) // PAGE)}
+        shared = {600 + at: packed[1 + at] for at in range(40)}
+        pages["packed"] = packed | shared | {700 + page: data for page, data in vm.items() if page < 40}
+    return pages
 
 
 def test_samples_of_released_versions_open(tmp_path: Path) -> None:
     samples = sorted(SAMPLES.glob("store-v*.tar.xz"))
-    assert samples
-    for sample in samples:
+    assert samples[-1].name == f"store-v{schema.FORMAT_VERSION}.tar.xz"
+    for version, sample in enumerate(samples, 1):
         with tarfile.open(sample) as archive:
             archive.extractall(tmp_path, filter="data")
         rig = Rig(tmp_path / "store")
@@ -148,7 +167,7 @@ def test_samples_of_released_versions_open(tmp_path: Path) -> None:
             snapshot = txn.find_snapshot(UUID, "first")
             shown = {"first": (snapshot.layer, snapshot.size)}
             shown |= {volume.name: (volume.head, volume.size) for volume in txn.volumes()}
-            for name, pages in sample_pages().items():
+            for name, pages in sample_pages(version).items():
                 data = read_layer(txn, shown[name][0], min(shown[name][1], 4 * LEAF_PAGES * PAGE))
                 found = {at: data[at * PAGE : (at + 1) * PAGE] for at in range(len(data) // PAGE)}
                 assert {at: page for at, page in found.items() if page != bytes(PAGE)} == pages, name
