@@ -107,6 +107,9 @@ class History:
             async with self.rig.running() as engine:
                 if not self.uuids:
                     self.uuids = [(await self.rig.volume(PAGES * PAGE, name=name)).uuid for name in ("one", "two")]
+                with trio.move_on_after(1):
+                    while not engine.commits.journal.takes():
+                        await trio.sleep(0.01)
                 while todo and not ended:
                     ended = await self.step(engine, *todo.pop(0))
             if ended in ("power", "offline"):
