@@ -6,15 +6,16 @@ Nobody writes meanwhile, so a volume's head can be read as it is.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from silofs import diffs, images, packing, raw_out, states, stream_fill, stream_in, stream_out, verbs
-from silofs.errors import NoDaemon, UserError
+from silofs.errors import BadFormat, NoDaemon, NoStore, UserError
 from silofs.facts import Fields, View
 from silofs.layers.policies import drain
 from silofs.layers.rewrite import Reap
-from silofs.layers.store import Store
+from silofs.layers.store import LOCK_FILE, Store, take_lock
 from silofs.sink import Source
 from silofs.stream import Decoder
 
@@ -35,6 +36,56 @@ def init(path: Path) -> Fields:
 def open_store(path: Path) -> Store:
     """The store, locked; to be closed. Raises NoStore, StoreLocked, BadFormat."""
     return Store.open(path)
+
+
+def repair(path: Path, agree: Callable[[Fields], None]) -> Fields:
+    """Repair a store that nobody has open; StoreLocked otherwise. `agree` is shown what would be given up, and raises
+
+    if that is not wanted: then nothing has changed. The result has what a check of the repaired store finds.
+    """
+    from silofs.layers import repair as build
+    from silofs.layers.scrub import scrub
+
+    if not (path / "data" / "data.mdb").exists():
+        raise NoStore(f"there is no store in {path}")
+    lock_fd = take_lock(path)
+    try:
+        _replay(path, lock_fd)
+        mark = (path / LOCK_FILE).read_text().split()
+        if len(mark) != 3 or len(mark[2]) != 32:
+            raise BadFormat(f"{path / LOCK_FILE} does not say which store this is")
+        try:
+            found = build.Repair(path, bytes.fromhex(mark[2])).build()
+            fields = {
+                "store": str(path),
+                "losses": [
+                    {"what": loss.what, "name": loss.name, "message": loss.message, "ranges": loss.ranges}
+                    for loss in found.losses
+                ],
+                "rebuilt": found.rebuilt,
+                "volumes": found.volumes,
+                "snapshots": found.snapshots,
+            }
+            agree(fields)
+            kept = build.put_in_place(path)
+        except BaseException:
+            build.drop(path)
+            raise
+    finally:
+        os.close(lock_fd)
+    findings = [finding.message for finding in scrub(path, read_data=True).findings]
+    return {**fields, "damaged_store": str(kept), "findings": findings}
+
+
+def _replay(path: Path, lock_fd: int) -> None:
+    """Bring what the journal has into the store, if it can be opened; in a child, since damage may end it."""
+    child = os.fork()
+    if not child:
+        try:
+            Store.open(path, lock_fd=lock_fd).close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 
 
 def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progress: Progress | None = None) -> Fields:

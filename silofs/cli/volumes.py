@@ -11,7 +11,7 @@ from silofs.cli.output import App, pairs, table
 from silofs.cli.runner import call
 from silofs.cli.sizes import parse_size, parse_snapshot, parse_target, parse_volume, show_size
 from silofs.cli.verbs import common
-from silofs.errors import Exit
+from silofs.errors import Busy, Exit
 
 
 @click.command("init", short_help="Make a store and its identity.")
@@ -229,9 +229,13 @@ def resize_command(app: App, name: str, size: str, yes: bool) -> None:
 
 @click.command("check", short_help="Check every invariant of the store.")
 @click.option("--read-data", is_flag=True, help="Read every page as well, and verify its checksum.")
+@click.option("--repair", is_flag=True, help="Make a sound store of what can be read; nobody may have it mounted.")
+@click.option("--yes", is_flag=True, help="Repair without being asked.")
 @common("check")
-def check_command(app: App, read_data: bool) -> int:
+def check_command(app: App, read_data: bool, repair: bool, yes: bool) -> int:
     """Check every invariant of the store. Exit code 4 if one is broken."""
+    if repair:
+        return _repair(app, yes)
     fields = call(app.store, "check", {"read_data": read_data}, progress=app.progress)
     findings = fields["findings"]
     app.result(fields, lambda: "\n".join(finding["message"] for finding in findings), long=True)
@@ -240,3 +244,31 @@ def check_command(app: App, read_data: bool) -> int:
         return Exit.DAMAGE
     app.note("no damage found")
     return Exit.OK
+
+
+def _repair(app: App, yes: bool) -> int:
+    """Repair the store, once it was said what that gives up. Exit code 3 if something is, 4 if damage remains."""
+    from silofs.cli.runner import daemon
+    from silofs.offline import repair
+
+    sock = daemon(app.store, needed=False)
+    if sock is not None:
+        sock.close()
+        raise Busy(f"the store {app.store} is mounted", hint="silofs umount MOUNTPOINT first")
+
+    def agree(fields: dict[str, Any]) -> None:
+        for loss in fields["losses"]:
+            app.note(loss["message"])
+            for first, end in loss["ranges"]:
+                app.note(f"  bytes {first} to {end - 1} of {loss['name']} become errors")
+        if fields["losses"]:
+            app.confirm(f"repairing {app.store} gives up the above", "go on", yes=yes)
+
+    fields = repair(app.store, agree)
+    app.result(fields, lambda: "\n".join(loss["message"] for loss in fields["losses"]), long=True)
+    for message in fields["findings"]:
+        app.warn(f"still damaged: {message}")
+    if fields["findings"]:
+        return Exit.DAMAGE
+    app.note(f"repaired; the damaged store is in {fields['damaged_store']}: remove it when you need it no more")
+    return Exit.WARNINGS if fields["losses"] else Exit.OK

@@ -46,6 +46,7 @@ class _Node(NamedTuple):
     child: int  # of a branch
     value: bytes  # of a leaf; of one with pages of its own the number of the first
     elsewhere: bool
+    size: int  # of a leaf's value
 
 
 class RawTree:
@@ -118,6 +119,23 @@ class RawTree:
             if seen == 2:
                 return
 
+    def records(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """(key, value) of every record of a table that can be had, in the tree's order; nothing of it is verified."""
+        number, _ = self._root(table)
+        for _, nodes in self._leaves(number, _DEPTH_MAX):
+            for node in nodes:
+                yield node.key, self._whole(node) if node.elsewhere else node.value
+
+    def _whole(self, node: _Node) -> bytes:
+        """A value in pages of its own; short when one of them cannot be read."""
+        first = int.from_bytes(node.value[:8], "little")
+        if first > self._last:
+            return b""
+        try:
+            return os.pread(self._fd, node.size, first * PAGE + _PAGE.size)
+        except OSError:
+            return b""
+
     def _root(self, table: str) -> tuple[int, list[Unreadable]]:
         """The root of a table's tree, _NONE if it has none; what could not be read on the way to it."""
         if table in (FREE, MAIN):
@@ -126,7 +144,7 @@ class RawTree:
         if not found:
             for _, nodes in self._leaves(self._main, _DEPTH_MAX):
                 for node in nodes:
-                    if node.key == table.encode():
+                    if node.key == table.encode() and len(node.value) >= _ROOT_AT + 8:
                         return int.from_bytes(node.value[_ROOT_AT : _ROOT_AT + 8], "little"), []
         return _NONE, found
 
@@ -174,5 +192,5 @@ def _parse(raw: bytes) -> tuple[int, list[_Node]]:
         key, value_at = raw[start : start + length], start + length
         elsewhere = kind == _LEAF and bool(flags & _ELSEWHERE)
         value = raw[value_at : value_at + (8 if elsewhere else low | high << 16)] if kind == _LEAF else b""
-        nodes.append(_Node(key, low | high << 16 | flags << 32, value, elsewhere))
+        nodes.append(_Node(key, low | high << 16 | flags << 32, value, elsewhere, low | high << 16))
     return (kind & (_BRANCH | _LEAF) if nodes else 0), nodes

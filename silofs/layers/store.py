@@ -76,7 +76,7 @@ class Store:
         if data.exists() or (mark.exists() and mark.stat().st_size):
             raise Exists(f"there is a store in {path} already", hint="name another --store, or use this one")
         refuse_network(path)
-        lock_fd = _take_lock(path)
+        lock_fd = take_lock(path)
         try:
             if new.exists():
                 shutil.rmtree(new)  # of an attempt that was interrupted
@@ -119,7 +119,7 @@ class Store:
                 raise NoStore(f"there is no store in {path}")
             raise BadFormat(f"{data / DATA_FILE} is missing; the store around it is not", hint="restore it from a copy")
         refuse_network(data)
-        own_fd = _take_lock(path) if lock_fd is None else -1
+        own_fd = take_lock(path) if lock_fd is None else -1
         try:
             check_file(data / DATA_FILE)
             Quarantine.load(path, data / DATA_FILE).refuse_all()
@@ -347,7 +347,7 @@ def _make(path: Path, uuid: bytes) -> None:
         environment.close()
 
 
-def _take_lock(path: Path) -> int:
+def take_lock(path: Path) -> int:
     """A descriptor that holds the store's lock."""
     lock_fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,0 +1,67 @@
+"""What can still be read of a store, whatever is wrong with it: sound records, by table, with plain reads.
+
+LMDB is not asked: it ends the process over certain damage, and gives up a whole tree for one page of it. Records that a
+damaged page of a tree leads to are not found here either; what proves that they were there tells `repair`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from silofs.errors import Damaged
+from silofs.layers import catalog, containers, schema
+from silofs.layers.catalog import R
+from silofs.layers.rawtree import RawTree
+from silofs.layers.schema import Table
+
+log = logging.getLogger(__name__)
+
+
+class Salvage:
+    """One data file. `damaged` counts records that were found and are not sound, by table."""
+
+    def __init__(self, data_file: Path) -> None:
+        self._tree = RawTree(data_file)
+        self.damaged: dict[str, int] = {}
+
+    def close(self) -> None:
+        self._tree.close()
+
+    def records(self, table: Table) -> Iterator[tuple[bytes, bytes]]:
+        """(key, value) of every record that is what its checksum says, ascending as they are stored."""
+        for key, value in self._tree.records(table.name):
+            try:
+                _verify(table, key, value)
+            except Damaged as error:
+                log.warning("%s", error)
+                self.damaged[table.name] = self.damaged.get(table.name, 0) + 1
+                continue
+            yield key, value
+
+    def decoded(self, table: Table, kind: type[R]) -> dict[bytes, R]:
+        """The records of a catalog table."""
+        found: dict[bytes, R] = {}
+        for key, value in self.records(table):
+            try:
+                found[key] = catalog.decode(table, key, value, kind)
+            except Damaged as error:
+                log.warning("%s", error)
+                self.damaged[table.name] = self.damaged.get(table.name, 0) + 1
+        return found
+
+
+def _verify(table: Table, key: bytes, value: bytes) -> None:
+    """Damaged unless the record is sound as far as it can be told without others."""
+    if table.key_bytes and len(key) != table.key_bytes:
+        raise Damaged(f"table {table.name} has keys of another")
+    if table is schema.OBJECT:
+        schema.check_header(schema.KEY.unpack(key)[0], memoryview(value))
+    elif table is schema.CONTAINER:
+        containers.check_container(schema.KEY.unpack(key)[0], memoryview(value))
+    elif table is schema.PAGES:
+        if len(value) != schema.LONE_BYTES:
+            raise Damaged(f"lone page {key.hex()} has a wrong length")
+    else:
+        schema.open_record(table, key, value)

@@ -1,0 +1,55 @@
+"""`silofs check --repair` as a user meets it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from silofs.layers import schema
+from silofs.layers.store import Store
+from tests.unit.cli.commands import Silofs
+
+
+def spoil(store: Path) -> None:
+    with Store.open(store) as opened:
+
+        def remove(txn: object) -> None:
+            (key,) = txn.scan_keys(schema.LAYER)  # type: ignore[attr-defined]
+            txn._delete(schema.LAYER, key)  # type: ignore[attr-defined]
+
+        opened.write(remove)
+
+
+def test_a_repair_says_what_it_gives_up_and_asks(silofs: Silofs) -> None:
+    silofs.ok("create", "vm", "--size", "1G")
+    spoil(silofs.store)
+    refused = silofs("check", "--repair")
+    assert refused.code == 11 and "volume 'vm'" in refused.err and "--yes" in refused.err
+    assert not (silofs.store / "data.damaged").exists()
+    done = silofs("--json", "check", "--repair", "--yes")
+    assert done.code == 3 and '"vm"' in done.out
+    assert silofs.ok("check")["damaged"] == 0
+    assert silofs.ok("ls")["volumes"] == [] and (silofs.store / "data.damaged").is_dir()
+    silofs.ok("create", "vm", "--size", "1G")
+
+
+def test_a_store_that_is_open_is_not_repaired(silofs: Silofs) -> None:
+    silofs.ok("create", "vm", "--size", "1G")
+    with Store.open(silofs.store):
+        silofs.fails(11, "check", "--repair")
+
+
+@pytest.mark.parametrize("point", ["repair.built", "repair.exchanged"])
+def test_a_repair_that_is_killed_is_begun_again(silofs: Silofs, point: str) -> None:
+    silofs.ok("create", "vm", "--size", "1G")
+    spoil(silofs.store)
+    program = "import sys; from silofs.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "--store", str(silofs.store), "check", "--repair", "--yes"]
+    killed = subprocess.run(command, env={**os.environ, "SILOFS_FAIL": f"{point}:kill"}, check=False)
+    assert killed.returncode == -9
+    assert silofs("check", "--repair", "--yes").code == (3 if point == "repair.built" else 0)
+    assert silofs.ok("check")["damaged"] == 0

@@ -1,0 +1,184 @@
+"""Every table damaged in turn: what is repaired is sound, and what it does not show as it was is what was said."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from silofs.blocks import LEAF_PAGES, PAGE
+from silofs.errors import Damaged
+from silofs.layers import heads, schema
+from silofs.layers.check import check
+from silofs.layers.repair import Repair, Repaired, put_in_place
+from silofs.layers.store import Store
+from silofs.layers.transaction import WriteTxn
+from silofs.limits import MIB
+from silofs.packing import BlockWriter
+from tests.storerig import Rig
+
+SIZE = 24 * MIB
+HARMS = ["flip", "remove", "swap"]
+TABLES = [table for table in schema.TABLES if table.name not in ("meta", "peer", "migration", "outbox", "request")]
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """A store with something in nearly every table."""
+    monkeypatch.setattr(heads, "VOID_LEAVES", 0)
+    rig = Rig(tmp_path / "store")
+    golden = rig.store.write(lambda txn: txn.create_volume("golden", SIZE)).uuid
+    rig.put(golden, [*range(40), *range(600, 700), 1025, 2000, *range(5000, 5040)])
+    base = rig.store.write(lambda txn: txn.take_snapshot(golden, "v1"))
+    vm = rig.store.write(lambda txn: txn.clone(base.layer, "vm")).uuid
+    rig.put(vm, [3, 4, 650, 3000, *range(4000, 4064)], seed=1)
+    rig.zero(vm, LEAF_PAGES, 3 * LEAF_PAGES)
+    rig.commit()
+    rig.store.write(lambda txn: txn.take_snapshot(vm, "s"))
+    rig.put(vm, [5, 2001], seed=2)
+    layer = rig.store.write(lambda txn: _received(txn))
+    with BlockWriter(rig.store, layer) as writer:
+        writer.add(0, b"".join((b"%d" % at * PAGE)[:PAGE] for at in range(64)))
+    rig.store.write(lambda txn: (txn.clone(layer, "packed"), txn.unpin(layer, "test")))
+    rig.store.write(lambda txn: txn.put_value("host", "name", b"here"))
+    yield rig
+    rig.close()
+
+
+def _received(txn: WriteTxn) -> int:
+    layer = txn.receive_layer(uuid4().bytes, 0, SIZE, SIZE).id
+    txn.pin(layer, "test")
+    txn.put_map(layer, [], mapped=SIZE // PAGE)
+    return layer
+
+
+def contents(store: Store) -> dict[str, list[bytes | None]]:
+    """Every page of every volume and snapshot, None for one that is lost."""
+    found: dict[str, list[bytes | None]] = {}
+    reader = store.reader()
+    for volume in reader.volumes():
+        for name, top in [
+            (volume.name, volume.head),
+            *((f"{volume.name}@{each.name}", each.layer) for each in reader.snapshots(volume.uuid)),
+        ]:
+            pages: list[bytes | None] = []
+            for leaf in range(SIZE // PAGE // LEAF_PAGES):
+                for reference in reader.resolve(top, leaf).tolist():
+                    try:
+                        pages.append(bytes(reader.page(reference)))
+                    except Damaged:
+                        pages.append(None)
+            found[name] = pages
+    reader.close()
+    return found
+
+
+def repaired(rig: Rig) -> tuple[Repaired, Store]:
+    rig.store.close()
+    result = Repair(rig.path, rig.store.uuid).build()
+    put_in_place(rig.path)
+    rig.store = Store.open(rig.path)
+    return result, rig.store
+
+
+def compare(before: dict[str, list[bytes | None]], result: Repaired, store: Store) -> None:
+    """Nothing is gone that was not said to be."""
+    after = contents(store)
+    gone = {loss.name for loss in result.losses if not loss.ranges}
+    renamed = {loss.name for loss in result.losses if loss.what == "name"}
+    assert len(set(before) - set(after) - gone) <= len(renamed)
+    for name in renamed:
+        assert after.pop(name) in before.values(), "what it held is there, under that name"
+    for name, pages in after.items():
+        ranges = [pair for loss in result.losses if loss.name == name for pair in loss.ranges]
+        for number, (old, new) in enumerate(zip(before[name], pages, strict=True)):
+            said = any(first <= number * PAGE < end for first, end in ranges)
+            assert new == (None if said else old), (name, number)
+
+
+def harm(rig: Rig, table: schema.Table, how: str, index: int) -> bool:
+    """Damage one record of a table; whether there was one."""
+    with rig.store.reader() as txn:
+        keys = list(txn.scan_keys(table))
+        if not keys:
+            return False
+        key, other = keys[index % len(keys)], keys[(index + 1) % len(keys)]
+        value, another = bytearray(txn.fetch(table, key) or b""), bytes(txn.fetch(table, other) or b"")
+    if how == "swap" and (len(keys) < 2 or len(value) != len(another)):
+        return False
+
+    def spoil(txn: WriteTxn) -> None:
+        if how == "remove":
+            txn._delete(table, key)
+        elif how == "swap":
+            txn._put(table, key, another)
+            txn._put(table, other, bytes(value))
+        else:
+            value[len(value) // 2] ^= 0x10
+            txn._put(table, key, bytes(value))
+
+    rig.store.write(spoil)
+    return True
+
+
+def test_a_sound_store_is_repaired_to_itself(rig: Rig) -> None:
+    before = contents(rig.store)
+    result, store = repaired(rig)
+    assert result.losses == [] and result.rebuilt == [] and result.volumes == 3
+    compare(before, result, store)
+    with store.reader() as txn:
+        assert check(txn, read_data=True) == []
+        assert txn.value("host", "name") == b"here"
+        golden = txn.volume_by_name("golden").uuid
+    rig.put(golden, [7], seed=9)
+    assert rig.findings() == []
+
+
+@pytest.mark.parametrize("how", HARMS)
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_each_table(rig: Rig, table: schema.Table, how: str) -> None:
+    before = contents(rig.store)
+    rng = random.Random(table.number)
+    harmed = [harm(rig, table, how, rng.randrange(100)) for _ in range(2)]
+    if not any(harmed):
+        pytest.skip("nothing of that kind is there")
+    result, store = repaired(rig)
+    compare(before, result, store)
+    with store.reader() as txn:
+        assert check(txn, read_data=True) == [], "what was repaired is sound"
+    kept = {loss.what for loss in result.losses if not loss.ranges}
+    assert table.counted or not kept, "a damaged map or page costs no volume"
+
+
+def test_a_volume_whose_record_is_lost_keeps_its_name_and_its_pages(rig: Rig) -> None:
+    before = contents(rig.store)["packed"]
+    with rig.store.reader() as txn:
+        uuid = txn.volume_by_name("packed").uuid
+    rig.store.write(lambda txn: txn._delete(schema.VOLUME, uuid))
+    result, store = repaired(rig)
+    assert [(loss.what, loss.name) for loss in result.losses] == [("name", "packed")]
+    assert contents(store)["packed"] == before
+    with store.reader() as txn:
+        assert txn.volume_by_name("packed").uuid == uuid and check(txn, read_data=True) == []
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pages_of_the_file(rig: Rig, seed: int) -> None:
+    """Damage that LMDB itself would stumble over."""
+    before = contents(rig.store)
+    rig.store.close()
+    rng = random.Random(seed)
+    path = rig.path / "data" / "data.mdb"
+    pages = path.stat().st_size // PAGE
+    with path.open("r+b") as file:
+        for _ in range(3):
+            at = rng.randrange(2, pages) * PAGE
+            file.seek(at)
+            file.write([bytes(PAGE), rng.randbytes(PAGE)][seed % 2])
+    result, store = repaired(rig)
+    compare(before, result, store)
+    with store.reader() as txn:
+        assert check(txn, read_data=True) == []
