@@ -123,7 +123,6 @@ class Warm:
             return cut(container_id, slot, count, unpacked)
         if not here or not (container_id in self.objects or container_id >= self._lately):
             return None
-        self._mark[1] = container_id
         try:
             return self._txn.packed(ref, count)
         except (Damaged, ObjectMissing):

@@ -169,8 +169,8 @@ class ContainerChanges(ObjectChanges):
         else:
             for found in self._entries(container_id):
                 self._forget_block(container_id, found)
-            self._delete(schema.CONTAINER, key)
-            self._delete(schema.USE, key)
+            self._remove(schema.CONTAINER, key)
+            self._remove(schema.USE, key)
 
     def _entries(self, container_id: int) -> list[Entry]:
         try:
