@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -200,6 +201,76 @@ def test_locks_outlive_the_daemon_and_so_does_the_waiting(mount: Mount) -> None:
         waiter.join(10)
         assert not waiter.is_alive()
         fails(errno.EAGAIN, lock, one, WRITE, 100, 1)
+
+
+class Rivals:
+    """Threads that lock ranges of one file, each through a file of its own, and look whether they are alone in them."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path = path
+        self._stopped = threading.Event()
+        self._known = threading.Lock()
+        self._holders: dict[int, dict[int, int]] = {byte: {} for byte in range(7)}
+        self.done = 0
+        self.faults: list[str] = []
+        self.threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self.threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in self.threads), "somebody waits for a lock that is free"
+
+    def _run(self, number: int) -> None:
+        rng = random.Random(number)
+        fd = os.open(self._path, os.O_RDWR)
+        while not self._stopped.is_set() and not self.faults:
+            start, kind = rng.randrange(6), rng.choice((WRITE, WRITE, READ))
+            length = rng.choice((1, 1, 2))
+            try:
+                lock(fd, kind, start, length, rng.choice((SET, WAIT)))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self.faults.append(str(error))
+                break
+            self._enter(number, range(start, start + length), kind)
+            time.sleep(rng.random() * 0.003)
+            self._leave(number, range(start, start + length))
+            if rng.random() < 0.1:
+                os.close(fd)
+                fd = os.open(self._path, os.O_RDWR)
+            else:
+                lock(fd, UNLOCK, start, length)
+            self.done += 1
+        os.close(fd)
+
+    def _enter(self, number: int, area: range, kind: int) -> None:
+        with self._known:
+            for byte in area:
+                for other, its in self._holders[byte].items():
+                    if WRITE in (kind, its):
+                        self.faults.append(f"byte {byte} is locked by {other} and {number}")
+                self._holders[byte][number] = kind
+
+    def _leave(self, number: int, area: range) -> None:
+        with self._known:
+            for byte in area:
+                del self._holders[byte][number]
+
+
+def test_no_two_have_a_lock_that_excludes_the_other_whatever_is_killed(mount: Mount) -> None:
+    rivals = Rivals(mount.create("vm1", 1 << 20), 6)
+    try:
+        for _ in range(5):
+            goal = rivals.done + 100
+            wait(lambda goal=goal: rivals.faults or rivals.done > goal, "locks are taken")  # type: ignore[misc]
+            mount.wait_served(not_by=mount.kill_daemon())
+    finally:
+        rivals.stop()
+    assert not rivals.faults, rivals.faults
 
 
 @pytest.mark.qemu
