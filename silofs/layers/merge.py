@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LOOK_LAYERS: Final = 256
 LOOK_S: Final = 30.0  # between looks when nothing came or went: some layers are kept for a time
+HELD_S: Final = 2.0  # the same, while something would be merged that somebody has open
 SHARE: Final = 8  # an upper layer with so small a part of the lower one's pages gives too little back
 SHED_PAGES: Final = 256  # a head is looked at again once so many pages, or ...
 SHED_SHARE: Final = 16  # ... so small a part of the lower layer's, are newly hidden
@@ -136,7 +137,10 @@ class MergeLayers(Policy):
         for upper in islice(txn.layers_from(self._look_at), LOOK_LAYERS):
             last = upper.id
             lower = txn.layer(upper.parent) if upper.parent else None
-            if lower is None or lower.id in held or upper.id in held or not self._fit(txn, lower, upper, now):
+            if lower is None or not self._fit(txn, lower, upper, now):
+                continue
+            if lower.id in held or upper.id in held:
+                self._looked = time.monotonic() - LOOK_S + HELD_S  # nothing tells when that ends
                 continue
             if lower.voids:
                 budget.spend(leaves=txn.spell_out(lower.id, max(1, budget.leaves)))
