@@ -43,9 +43,10 @@ def test_sigterm_in_a_flush(tmp_path: Path, signals: int) -> None:
     with Mount(tmp_path / "host") as mount:
         mount.silofs("create", "vm1", "--size", "1M")
     with Mount(tmp_path / "host", environment=stopping(tmp_path, "commit.durable")) as mount:
+        # Asked first: a new process closes the open files that it inherits, which a daemon that stands still holds up.
+        daemon = int(mount.status()["daemon_pid"])
         fd = os.open(mount.image("vm1"), os.O_RDWR)
         os.pwrite(fd, b"x" * PAGE, 0)
-        daemon = int(mount.status()["daemon_pid"])
         flushed = threading.Thread(target=os.fsync, args=(fd,))
         flushed.start()
         until(lambda: spent(tmp_path), "a commit stops")
