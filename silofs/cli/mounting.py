@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,18 @@ def _held(store: Path) -> dict[str, Any] | None:
     return fields
 
 
+def _flat(fields: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields of fields by both names; of those inside others, what is nothing is left out."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}_")
+        elif not above or value:
+            yield above + key, value
+
+
 def _status_text(fields: dict[str, Any]) -> str:
     rows: list[tuple[str, object]] = []
-    for key, value in fields.items():
+    for key, value in _flat(fields):
         if value in (None, "", []) or key == "refused":  # `why` says it in words
             continue
         if key in ("frozen", "expired_freezes"):

@@ -31,6 +31,7 @@ def test_status_and_paths(mount: Mount) -> None:
     status = mount.status()
     assert (status["schema"], status["state"], status["volumes"]) == ("silofs.status/1", "serving", 0)
     assert status["mountpoint"] == str(mount.mountpoint)
+    assert "{" not in mount.run("status").stdout  # what is inside other things is said in words, too
     for key in ("daemon_pid", "holder_pid"):
         os.kill(status[key], 0)
     made = mount.silofs_json("create", "vm1", "--size", "1G")
