@@ -24,7 +24,7 @@ class Done(Record, frozen=True, array_like=True):
 
     mount: int
     call: str  # for those who look at a store: unlink, create …
-    volume: bytes = b""  # uuid of what was made
+    volume: bytes = b""  # uuid of what was made or opened
 
 
 def find(txn: CatalogReader, mount: int, number: int) -> Done | None:

@@ -80,7 +80,7 @@ class Adapter(Files):
         if writable:
             self._engine.check_writer(state)
         if flags & os.O_TRUNC and state.size and request.before is None:
-            await self._resize(entry, 0, lambda txn: request.note(txn, "open"))
+            await self._resize(entry, 0, lambda txn: request.note(txn, "open", entry.uuid))
         return entry.uuid, 0
 
     @guarded

@@ -147,6 +147,28 @@ async def test_a_second_truncation_takes_nothing_of_what_came_after(
         assert bytes(await adapter.read(second, 0, 10000)) == b"new" * 2000
 
 
+@pytest.mark.parametrize("place", ["open.noted", "request.done"])
+async def test_a_second_create_of_a_file_that_was_there_truncates_nothing(
+    daemons: Daemons, place: str, autojump_clock: MockClock
+) -> None:
+    """What `> vm1.img` of a shell asks for."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    async def create() -> Any:
+        return await daemons.adapter.create(ROOT, FILE, 0o600, flags, CTX)
+
+    async with daemons.daemon() as adapter:
+        inode = await make(daemons)
+        fh = (await daemons.request(8, lambda: adapter.open(inode, os.O_RDWR, CTX))).fh
+        await adapter.write(fh, 0, b"old" * 2000)
+        await daemons.killed(10, place, create)
+    async with daemons.daemon(settled=False) as adapter:
+        await adapter.write(fh, 0, b"new" * 2000)
+        info, attributes = await daemons.request(10 | RESENT, create)
+        assert attributes.st_ino == inode and info.fh != fh
+        assert bytes(await adapter.read(info.fh, 0, 10000)) == b"new" * 2000
+
+
 async def test_what_was_not_done_before_is_done(daemons: Daemons, autojump_clock: MockClock) -> None:
     async with daemons.daemon() as adapter:
         await make(daemons)
