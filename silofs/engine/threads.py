@@ -55,7 +55,7 @@ class Bell:
             await trio.lowlevel.wait_readable(self.fd)
             self.answer()
 
-    def close(self) -> None:
+    def __del__(self) -> None:
         os.close(self.fd)
 
 
