@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from silofs.blocks import LEAF_PAGES, PAGE, leaves_for
+from silofs.layers.aged import Pack
 from silofs.layers.check import Finding, check
+from silofs.layers.clean import Clean
+from silofs.layers.merge import MergeLayers
 from silofs.layers.pending import Pending
+from silofs.layers.policies import drain
 from silofs.layers.reader import ReadTxn
+from silofs.layers.repack import Repack
+from silofs.layers.rewrite import Reap
 from silofs.layers.store import CommitResult, Store
 
 RING_BYTES = 8 << 20
@@ -81,6 +87,12 @@ class Rig:
 
     def close(self) -> None:
         self.store.close()
+
+
+def hurry(store: Store) -> None:
+    """Let every policy of the background work with no patience at all, until none finds anything to do."""
+    eager = Clean(store.usage, at=1.0, slack=0, lone_age=0, lone_batch=31)
+    drain(store, [Reap(), eager, MergeLayers(), Pack(age_s=0), Repack()])
 
 
 def page_bytes(page: int, seed: int = 0) -> bytes:

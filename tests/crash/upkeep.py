@@ -19,18 +19,12 @@ from time import monotonic_ns
 import numpy as np
 
 from silofs import offline
-from silofs.layers.aged import Pack
-from silofs.layers.clean import Clean
-from silofs.layers.merge import MergeLayers
-from silofs.layers.policies import drain
-from silofs.layers.repack import Repack
-from silofs.layers.rewrite import Reap
 from silofs.layers.store import Store
 from tests.crash.content import UNIT, fill
 from tests.crash.powercut import Disk
 from tests.crash.story import Story, Volume
 from tests.harness import ROOT
-from tests.storerig import Rig
+from tests.storerig import Rig, hurry
 
 UNITS = 8 << 10  # of a volume
 GOLDEN = ROOT / "tests" / "golden" / "store-v1.tar.xz"
@@ -101,10 +95,7 @@ class Keeper:
         os.close(fd)
 
     def background(self) -> None:
-        """Every policy, and no patience: until there is nothing to do."""
-        store = self.rig.store
-        eager = Clean(store.usage, at=1.1, slack=0, lone_age=0, lone_batch=1)
-        drain(store, [Reap(), eager, MergeLayers(), Pack(age_s=0, look_s=0.0), Repack(look_s=0.0)], seconds=3.0)
+        hurry(self.rig.store)
 
     def _add(self, name: str, picture: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
         self.story.volumes[name] = Volume(picture, monotonic_ns())

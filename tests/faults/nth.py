@@ -39,7 +39,7 @@ from silofs.layers.policies import drain
 from silofs.layers.store import Store
 from tests.faults.serving import serve, states
 from tests.harness import ROOT
-from tests.storerig import Rig, page_bytes, read_layer
+from tests.storerig import Rig, hurry, page_bytes, read_layer
 
 KINDS: Final = {"EIO": 1, "ENOSPC": 2, "SHORT": 3, "LOST": 4}
 PAGE: Final = 4096
@@ -99,11 +99,11 @@ IMAGE: Final = b"".join(page_bytes(page, 9) for page in range(40)) + bytes(200 *
 WRITTEN: Final = {page: page_bytes(page, 5) for page in (*range(40), 100, 301, 520)}
 
 
-def import_image(store: Store) -> None:
+def import_image(store: Store, name: str = "new") -> None:
     fd = os.memfd_create("image")
     os.pwrite(fd, IMAGE, 0)
     try:
-        offline.run(store, "import", {"name": "new"}, fds=(fd,))
+        offline.run(store, "import", {"name": name}, fds=(fd,))
     finally:
         os.close(fd)
 
@@ -161,7 +161,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "rm-snapshot": Operation(verb("rm", volume="vm", snapshot="one"), with_names(vmATone=None)),
     "import": Operation(import_image, with_names(new=digest(IMAGE))),
     "export": Operation(export_image),
-    "background": Operation(drain),
+    "background": Operation(hurry),
     "check": Operation(verb("check", read_data=True)),
     "serve": Operation(serve, steps=lambda before: [before | {"vm": digest(each)} for each in states(base_content())]),
     "init": Operation(offline.init, lambda _: {}, path=True, base="nothing"),
@@ -192,6 +192,9 @@ def build(path: Path) -> None:
     other = rig.store.write(lambda txn: txn.create_volume("other", MIB)).uuid
     rig.put(other, range(0, 256, 2), seed=4)
     rig.store.write(lambda txn: txn.remove_snapshot(vm, "gone"))
+    import_image(rig.store, "packed")
+    packed = rig.store.write(lambda txn: txn.volume_by_name("packed")).uuid
+    rig.put(packed, range(0, 40, 2), seed=6)
     rig.close()
 
 

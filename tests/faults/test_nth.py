@@ -12,7 +12,7 @@ from tests.faults.nth import OPERATIONS, run
 
 pytestmark = pytest.mark.crash
 
-READS = {"export", "check", "background"}
+READS = {"export", "check"}
 
 
 @pytest.fixture
