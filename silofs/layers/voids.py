@@ -95,6 +95,7 @@ class VoidChanges(Changes):
         self._clear(layer_id, numbers, whole=not layer.parent)
         self._count_unsettled(layer_id, -len(numbers))
         self._uncovered[layer_id] = self._uncovered.get(layer_id, 0) + covered
+        self.layers_changed = self.layers_changed or bool(covered)  # what shows counts looks at them again
 
     def _clear(self, layer_id: int, numbers: Iterable[int], *, whole: bool) -> None:
         """Clear the bits that say unsettled; with `whole` also those that say void."""
@@ -123,7 +124,6 @@ class VoidChanges(Changes):
             layer = self.layer(found.id)  # as changed here
             if layer.data_pages != catalog.UNCOUNTED and self._has(layer.id, layer_id):
                 self.change_layer(layer.id, data_pages=layer.data_pages - count)
-        self.layers_changed = True
 
     def _has(self, top: int, layer_id: int) -> bool:
         return any(layer.id == layer_id for layer in self.chain(top))
