@@ -22,6 +22,7 @@ async def test_a_large_discard_shows_at_once_and_is_counted_in_the_background(
     monkeypatch.setattr(heads, "VOID_LEAVES", 4)
     rig = Rig(tmp_path / "store")
     async with rig.running() as engine:
+        engine.background.turns.append(Turn(Reclaim()))
         volume = await rig.volume(size=LEAVES * LEAF_BYTES)
         for leaf in range(LEAVES):
             await write(engine, volume, leaf * LEAF_BYTES, page(leaf + 1))
@@ -33,7 +34,6 @@ async def test_a_large_discard_shows_at_once_and_is_counted_in_the_background(
         assert await read(engine, volume, 5 * LEAF_BYTES, PAGE) == bytes(PAGE)
         await write(engine, volume, 7 * LEAF_BYTES + PAGE, page(99))
         await engine.flush(volume)
-        engine.background.turns.append(Turn(Reclaim()))
         with trio.fail_after(10):
             while volume.record is None or engine.shown(volume.record)[2] != 2:
                 await trio.sleep(0.02)
