@@ -74,8 +74,16 @@ class Freezes:
             if left and reader.has_volume(uuid) and ownership is not None and ownership.role is Role.OWNER:
                 self._shut(uuid, freeze, left)
                 log.info("%s stays frozen by %s for %.1f s", freeze.name, freeze.holder, left)
+            elif left:
+                self._leftover.add(uuid)  # it has gone
             else:
-                self._leftover.add(uuid)
+                self._over(uuid, freeze)
+
+    def _over(self, uuid: bytes, freeze: Freeze) -> None:
+        """A deadline has passed, with this daemon or before it: say so, and forget the record."""
+        self._expired.append(freeze)
+        self._leftover.add(uuid)
+        log.warning("%s is thawed by its deadline; it was frozen by %s", freeze.name, freeze.holder)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """End freezes at their deadlines, for ever."""
@@ -85,10 +93,7 @@ class Freezes:
             for uuid, held in list(self._held.items()):
                 if held.deadline <= trio.current_time():
                     self._open(uuid)
-                    self._expired.append(held.freeze)
-                    self._leftover.add(uuid)
-                    name, holder = held.freeze.name, held.freeze.holder
-                    log.warning("%s is thawed by its deadline; it was frozen by %s", name, holder)
+                    self._over(uuid, held.freeze)
             wait = min((held.deadline for held in self._held.values()), default=math.inf)
             if self._leftover and not await self._forget():
                 wait = min(wait, trio.current_time() + RETRY_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import trio
@@ -118,5 +119,25 @@ async def test_a_store_that_cannot_record_it(tmp_path: Path, monkeypatch: pytest
         assert parts.engine.write_now(state, 0, bytes(4096))
         await parts.freeze("vm1")
         await parts.thaw("vm1")
+        nursery.cancel_scope.cancel()
+    parts.close()
+
+
+async def test_a_deadline_that_passed_while_nobody_served(tmp_path: Path) -> None:
+    """Whoever relied on the freeze is told all the same."""
+    parts = Parts(tmp_path / "store")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(parts.engine.run)
+        uuid = await parts.create("vm1")
+        old = freezes.Freeze(str(UUID(bytes=uuid)), "vm1", "nightly", "", 1, 0, since_ns=1, until_ns=2)
+        await parts.engine.transact(lambda txn: freezes.put(txn, old))
+        await nursery.start(parts.freezes.run)
+        assert not parts.engine.open_volume(uuid).frozen
+        assert [each["owner"] for each in parts.freezes.shown()["expired_freezes"]] == ["nightly"]
+        with pytest.raises(Busy, match="deadline passed"):
+            await parts.thaw("vm1")
+        with trio.fail_after(30):
+            while freezes.recorded(parts.engine.reads.txn):
+                await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     parts.close()
