@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from silofs.blocks import LEAF_BYTES, PAGE
-from silofs.engine.background import Turn
+from silofs.engine.background import Background
 from silofs.layers import heads
 from silofs.layers.reclaim import Reclaim
 from tests.unit.engine.rig import Rig, page, read, write
@@ -22,7 +22,6 @@ async def test_a_large_discard_shows_at_once_and_is_counted_in_the_background(
     monkeypatch.setattr(heads, "VOID_LEAVES", 4)
     rig = Rig(tmp_path / "store")
     async with rig.running() as engine:
-        engine.background.turns.append(Turn(Reclaim()))
         volume = await rig.volume(size=LEAVES * LEAF_BYTES)
         for leaf in range(LEAVES):
             await write(engine, volume, leaf * LEAF_BYTES, page(leaf + 1))
@@ -34,8 +33,11 @@ async def test_a_large_discard_shows_at_once_and_is_counted_in_the_background(
         assert await read(engine, volume, 5 * LEAF_BYTES, PAGE) == bytes(PAGE)
         await write(engine, volume, 7 * LEAF_BYTES + PAGE, page(99))
         await engine.flush(volume)
-        with trio.fail_after(10):
-            while volume.record is None or engine.shown(volume.record)[2] != 2:
-                await trio.sleep(0.02)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Background(engine.store, engine.commits, lambda: True, [Reclaim()]).run)
+            with trio.fail_after(10):
+                while volume.record is None or engine.shown(volume.record)[2] != 2:
+                    await trio.sleep(0.02)
+            nursery.cancel_scope.cancel()
         assert await read(engine, volume, 7 * LEAF_BYTES, 2 * PAGE) == bytes(PAGE) + page(99)
         assert await read(engine, volume, 0, PAGE) == page(1)
