@@ -151,7 +151,7 @@ def end_shed(txn: WriteTxn, merge: Merge) -> None:
 
 
 def _end_up(txn: WriteTxn, lower: Layer, upper: Layer) -> None:
-    txn.change_layer(upper.id, parent=lower.parent, clip=min(lower.clip, upper.clip))
+    txn.change_layer(upper.id, parent=lower.parent, clip=min(lower.clip, upper.clip), packed=0)
     txn.drop_layer(lower.id)
     failpoints.hit("merge.end")
 
@@ -171,6 +171,7 @@ def _end_down(txn: WriteTxn, lower: Layer, upper: Layer) -> None:
         snapshots=upper.snapshots,
         data_pages=upper.data_pages,
         kept_ns=upper.kept_ns,
+        packed=0,
     )
     txn.change_layer(upper.id, uuid=b"", children=0, snapshots=0, doomed=True)
     txn.put_record(schema.DOOMED, catalog.layer_key(upper.id), Value(b""))

@@ -11,6 +11,7 @@ import pytest
 
 from silofs.blocks import LEAF_BYTES, LEAF_PAGES, PAGE
 from silofs.layers import schema
+from silofs.layers.aged import Pack
 from silofs.layers.catalog import Layer, Way
 from silofs.layers.merge import MergeLayers
 from silofs.layers.policies import drain
@@ -414,3 +415,33 @@ def test_a_damaged_leaf_ends_the_merge_and_is_not_rewritten(rig: Rig) -> None:
     rig.store.write(lambda txn: txn._put(schema.LEAF, key, sound))
     merge(rig)
     assert len(chain(rig, vm)) == 2
+
+
+@pytest.mark.parametrize(("below", "above"), [(PAGES, 40), (40, PAGES)])
+def test_pages_in_containers_change_hands(rig: Rig, below: int, above: int) -> None:
+    vm = create(rig)
+    text = b"much the same, again and again. " * (PAGE // 32)
+    packing = Pack(age_s=0, look_s=0)
+    for seed, (name, count) in enumerate((("a", below), ("b", above))):
+        for page in range(10, min(10 + count, PAGES)):
+            rig.write(vm, page * PAGE, seed.to_bytes(8, "little") + page.to_bytes(8, "little") + text[16:])
+        rig.commit()
+        snapshot(rig, vm, name)
+        drain(rig.store, [packing])
+    with rig.store.reader() as txn:
+        assert (schema.kinds(txn.resolve(txn.volume(vm).head, 0)) == schema.PACKED).any()
+    rig.put(vm, FEW, seed=4)
+    before = shown(rig, vm)
+    remove(rig, vm, "a")
+    merge(rig)
+    assert shown(rig, vm) == {name: before[name] for name in ("", "b")}
+    assert rig.findings() == []
+    assert len(chain(rig, vm)) == 2
+    remove(rig, vm, "b")
+    merge(rig)
+    assert shown(rig, vm)[""] == before[""]
+    delete(rig, vm)
+    drain(rig.store, [Reap()])
+    with rig.store.reader() as txn:
+        for table in (schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK, schema.OBJECT):
+            assert not list(txn.scan_keys(table)), table.name
