@@ -81,7 +81,7 @@ class Background:
         except Exception as error:
             # A bug in here must not take the volumes with it.
             turn.failures += 1
-            wait = BACKGROUND_RETRY_S * min(turn.failures, 60)
+            wait = BACKGROUND_RETRY_S * min(turn.failures, 6)
             turn.not_before = trio.current_time() + wait
             log.error("%s stopped, and tries again in %d s: %r", turn.policy.name, wait, error)
             return False
