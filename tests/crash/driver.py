@@ -15,6 +15,7 @@ import numpy as np
 from tests.crash.content import UNIT, Numbers, fill, numbers, print_of
 from tests.crash.story import Story, Volume
 from tests.exerciser import punch_hole
+from tests.faults.inject import injected
 from tests.harness import Mount, until
 
 SYNC_EVERY = 0.3  # of the writes; a guest with a journal of its own does no less
@@ -190,12 +191,55 @@ class Driver:
             self.mount.silofs("resize", volume, str(units * UNIT), "--yes")
             self._together(issued, volume)
 
+    def extend(self, volume: str, count: int) -> None:
+        """A write behind the end: a cut may leave the volume longer and its new part zeros."""
+        writer, at, number = self.writers[volume], self.story.volumes[volume], self.count.next()
+        with writer.paused(), writer.path.open("r+b", buffering=0) as file:
+            first = len(at.picture)
+            at.resized(first + count)
+            at.write(first, count, number)
+            assert os.pwrite(file.fileno(), fill(first, count, number), first * UNIT) == count * UNIT
+
     def rollback(self, volume: str, name: str) -> None:
         with self.writers[volume].closed():
             issued = monotonic_ns()
             self.story.volumes[volume].become(self.story.snapshots[f"{volume}@{name}"])
             self.mount.silofs("rollback", f"{volume}@{name}", "--yes")
             self._together(issued, volume)
+
+    def rename(self, old: str, new: str) -> None:
+        """Of a volume that has no writer."""
+        issued = monotonic_ns()
+        self.mount.silofs("rename", old, new)
+        self.story.volumes[new] = self.story.volumes.pop(old)
+        self.story.chapter(issued)
+
+    def freeze(self, volume: str) -> None:
+        """And thaw: what was acknowledged before is durable."""
+        with self.writers[volume].paused():
+            self.mount.silofs("freeze", volume, "--timeout", "60s")
+            at = self.story.volumes[volume]
+            at.synced(at.newest)
+            self.mount.silofs("thaw", volume)
+
+    def share(self, source: str, target: str, first: int, count: int) -> None:
+        """copy_file_range(2) of units to the same place of another volume."""
+        ours, theirs = self.writers[source], self.writers[target]
+        with ours.paused(), theirs.paused():
+            picture = self.story.volumes[target].picture.copy()
+            picture[first : first + count] = self.story.volumes[source].picture[first : first + count]
+            self.story.volumes[target].become(picture)
+            with ours.path.open("rb", buffering=0) as old, theirs.path.open("r+b", buffering=0) as new:
+                done = 0
+                while done < count * UNIT:
+                    at = first * UNIT + done
+                    done += os.copy_file_range(old.fileno(), new.fileno(), count * UNIT - done, at, at)
+
+    def fail_journal(self, operations: int) -> None:
+        """The journal cannot be written any more while so much is done; it is retired, and a new one made later."""
+        files = [path for path in (self.mount.store / "journal").iterdir() if not path.suffix]
+        with injected(self.mount, "pwritev,pwritev2,pwrite64", "error=EIO", files):
+            self.work(operations)
 
     def rm(self, target: str) -> None:
         """A volume that has no writer, or a snapshot ("volume@name")."""

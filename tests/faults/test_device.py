@@ -7,11 +7,11 @@ import os
 import random
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.faults.inject import injected
 from tests.harness import Mount
 
 pytestmark = [pytest.mark.fuse, pytest.mark.crash]
@@ -65,25 +65,6 @@ def test_a_full_store_says_so_loses_nothing_and_can_be_emptied(small: Path) -> N
         os.close(fd)
         assert mount.silofs_json("check", "--read-data")["damaged"] == 0
         assert mount.image("kept").read_bytes() == block(0)
-
-
-@contextmanager
-def injected(mount: Mount, calls: str, fault: str) -> Iterator[None]:
-    """strace(1) makes system calls of the daemon on files of the store fail."""
-    pid = int(mount.status()["daemon_pid"])
-    below = [mount.store / "data" / "data.mdb", *(mount.store / "journal").glob("*")]
-    paths = [word for path in below for word in ("-P", str(path))]
-    command = ["strace", "-f", "-p", str(pid), "-o", "/dev/null", *paths]
-    command += ["-e", f"trace={calls}", "-e", f"inject={calls}:{fault}"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        try:
-            said = strace.stderr.readline()
-            assert "attached" in said, said
-            yield
-        finally:
-            strace.terminate()
-            strace.stderr.read()
 
 
 SYNCS = "fdatasync,fsync"
