@@ -25,6 +25,7 @@ HELD_AHEAD_BYTES = 64 * MIB  # allocated for writes that are still to come, when
 HELD_RESERVE_BYTES = 16 * MIB  # of what is held that only deletes, the cleaner and ownership records may use
 SPACE_FLOOR_BYTES = 64 * MIB  # the same of the whole file system, where space cannot be held
 VOID_LEAVES = 256  # of a volume, zeroed in one commit by changing each; whole leaves beyond become void
+REOPEN_BYTES = 512 * MIB  # at either end of the data file, compared with the disk after an error of LMDB
 
 # The write log (memfd ring) and commits
 LOG_BYTES = 48 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one

@@ -93,7 +93,11 @@ class Environment:
         if write:
             return self.lmdb.begin(write=True, buffers=True)
         try:
-            return self.lmdb.begin(buffers=True)
+            try:
+                return self.lmdb.begin(buffers=True)
+            except lmdb.ReadersFullError:
+                self.lmdb.reader_check()  # processes that died while they read keep their slots until somebody looks
+                return self.lmdb.begin(buffers=True)
         except lmdb.Error as error:
             raise StoreBroken(f"the store cannot be read: {error}") from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,7 @@ COPY_ON_WRITE: Final = {"btrfs", "zfs", "bcachefs", "nilfs2"}
 
 PROBE_FILE: Final = "probe"
 PROBE_BYTES: Final = 1 * MIB
+COMPARED_BYTES: Final = 1 * MIB
 
 _KEEP_SIZE: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,3 +89,27 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def on_the_medium(path: Path, ranges: Iterable[tuple[int, int]]) -> bool:
+    """Whether the medium has what the page cache shows of some [start, end) of a file, multiples of 4096.
+
+    After a failed write it may not have, and a plain read would not tell. True where O_DIRECT cannot be used (tmpfs).
+    """
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return True
+        raise
+    try:
+        with path.open("rb") as cached, mmap.mmap(-1, COMPARED_BYTES) as buffer:
+            for start, end in ranges:
+                for at in range(start, end, COMPARED_BYTES):
+                    length = min(COMPARED_BYTES, end - at)
+                    found = os.preadv(direct, [memoryview(buffer)[:length]], at)
+                    if buffer[:found] != os.pread(cached.fileno(), length, at):
+                        return False
+    finally:
+        os.close(direct)
+    return True

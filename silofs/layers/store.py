@@ -19,13 +19,14 @@ from weakref import WeakSet
 
 import lmdb
 
+from silofs.blocks import PAGE
 from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreBroken, StoreError, StoreLocked
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
-from silofs.layers.filesystem import free_bytes, refuse_network, sync_directory
+from silofs.layers.filesystem import free_bytes, on_the_medium, refuse_network, sync_directory
 from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.held import Held, worst_case
@@ -38,6 +39,7 @@ from silofs.layers.rewrite import Budget, Policy, Stepped, take
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.writer import Writer
+from silofs.limits import REOPEN_BYTES
 
 __all__ = ["CommitResult", "Committed", "Store"]
 
@@ -310,9 +312,14 @@ class _Reader(ReadTxn):
 
     def __init__(self, environment: Environment, gate: Gate) -> None:
         self._gate = gate
-        self._open = True
+        self._open = False
         gate.enter()
-        super().__init__(environment)
+        try:
+            super().__init__(environment)
+        except BaseException:
+            gate.leave()
+            raise
+        self._open = True
 
     def renew(self) -> None:
         self._txn.abort()
@@ -359,7 +366,13 @@ def take_lock(path: Path) -> int:
 
 
 def _drop_cache(data_file: Path) -> None:
-    """Let the next reads come from the disk: after a failed write the page cache shows what never got there."""
+    """Let the next reads come from the disk: after a failed write the page cache shows what never got there.
+
+    A page that somebody else maps stays in the cache; so the two are compared, in a large file its ends.
+    """
     with data_file.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    last_page(data_file)
+    end = (last_page(data_file) + 1) * PAGE
+    middle = end // 2 // PAGE * PAGE
+    if not on_the_medium(data_file, [(0, min(middle, REOPEN_BYTES)), (max(middle, end - REOPEN_BYTES), end)]):
+        raise StoreBroken(f"{data_file} is not on the disk as it was written")
