@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic_ns
@@ -34,8 +34,7 @@ def record(directory: Path, what: str) -> None:
     """Tell one of the stories on a new disk, in a process of its own."""
     with Disk(directory) as disk:
         if what == "upgrade":
-            with tarfile.open(GOLDEN) as archive:
-                archive.extractall(disk.path, filter="data")
+            shutil.unpack_archive(GOLDEN, disk.path)
             os.sync()
         environment = {**os.environ, "SILOFS_FAIL": "*:mark", "SILOFS_FAIL_DIR": str(directory)}
         command = [sys.executable, "-m", "tests.crash.upkeep", str(directory), what]

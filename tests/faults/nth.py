@@ -22,7 +22,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -406,8 +405,7 @@ def main() -> int:
         lmdb.Environment = partial(lmdb.Environment, sync=False)
     suite = Suite(Faults(options.library, options.directory / "work"), options.directory, options.share, options.seed)
     (options.directory / "nothing").mkdir()
-    with tarfile.open(ROOT / "tests" / "golden" / "store-v1.tar.xz") as archive:
-        archive.extractall(options.directory / "old", filter="data")
+    shutil.unpack_archive(ROOT / "tests" / "golden" / "store-v1.tar.xz", options.directory / "old")
     (options.directory / "old" / "store").rename(options.directory / "v1")
     in_child(lambda: {"built": build(options.directory / "base")})
     for name in options.only or OPERATIONS:

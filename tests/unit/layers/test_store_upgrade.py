@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tarfile
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,8 +22,7 @@ SAMPLE = Path(__file__).parents[2] / "golden" / "store-v1.tar.xz"
 
 @pytest.fixture
 def old(tmp_path: Path) -> Iterator[Path]:
-    with tarfile.open(SAMPLE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(SAMPLE, tmp_path)
     yield tmp_path / "store"
     failpoints.rearm("")
 
