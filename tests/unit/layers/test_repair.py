@@ -22,7 +22,8 @@ from tests.storerig import Rig
 
 SIZE = 24 * MIB
 HARMS = ["flip", "remove", "swap"]
-TABLES = [table for table in schema.TABLES if table.name not in ("meta", "peer", "migration", "outbox", "request")]
+EMPTY = {"meta", "peer", "migration", "outbox", "request", "pin", "doomed", "merge"}  # or of no consequence here
+TABLES = [table for table in schema.TABLES if table.name not in EMPTY]
 
 
 @pytest.fixture
@@ -107,8 +108,8 @@ def harm(rig: Rig, table: schema.Table, how: str, index: int) -> bool:
             return False
         key, other = keys[index % len(keys)], keys[(index + 1) % len(keys)]
         value, another = bytearray(txn.fetch(table, key) or b""), bytes(txn.fetch(table, other) or b"")
-    if how == "swap" and (len(keys) < 2 or len(value) != len(another)):
-        return False
+    if len(value) != len(another) or key == other:
+        how = "flip" if how == "swap" else how  # nothing that could be mistaken for it
 
     def spoil(txn: WriteTxn) -> None:
         if how == "remove":
@@ -143,8 +144,7 @@ def test_each_table(rig: Rig, table: schema.Table, how: str) -> None:
     before = contents(rig.store)
     rng = random.Random(table.number)
     harmed = [harm(rig, table, how, rng.randrange(100)) for _ in range(2)]
-    if not any(harmed):
-        pytest.skip("nothing of that kind is there")
+    assert any(harmed), "there is something to damage"
     result, store = repaired(rig)
     compare(before, result, store)
     with store.reader() as txn:
