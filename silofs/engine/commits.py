@@ -240,8 +240,8 @@ class Commits:
         async with self._lock:
             with trio.CancelScope(shield=True):
                 stepped = await self._threads.wait(self._store.step(policy))
-                failpoints.hit("rewrite.durable")
                 if stepped.changed:
+                    failpoints.hit("rewrite.durable")
                     # No await in here: leaves as they now are belong to the snapshot as it now is.
                     self.replace(stepped)
                     self._reads.renew()

@@ -20,7 +20,7 @@ SIZE = 24 * MIB
 
 
 def stored(mount: Mount) -> int:
-    return int(mount.ask("du")["stored"])
+    return int(mount.ask("du")["held"])
 
 
 def status(mount: Mount) -> dict[str, Any]:
