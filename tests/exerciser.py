@@ -176,9 +176,9 @@ def pauses(completed: Sequence[int], kills: Sequence[int]) -> list[float]:
     return found
 
 
-def load(log: Path, *, before_ns: int = OPEN) -> tuple[Oracle, int, int, int]:
+def load(log: Path) -> tuple[Oracle, int, int, int]:
     """The oracle at the end of a log, the bytes that it is about (offset, size), and the point in the order of events
-    before which all that was acknowledged was synced by an fsync acknowledged before `before_ns`."""
+    before which all that was acknowledged was synced."""
     lines = _lines(log)
     header = next(lines)
     oracle = Oracle(int(header[1]), int(header[2]))
@@ -200,24 +200,20 @@ def load(log: Path, *, before_ns: int = OPEN) -> tuple[Oracle, int, int, int]:
             for write in writes.values():
                 write.ended = oracle.counter
             writes.clear()
-        elif kind == "F" and values[1] < before_ns:
+        elif kind == "F":
             synced = max(synced, values[0])
     return oracle, int(header[3]), int(header[4]), synced
 
 
-def verify(
-    image: Path, log: Path, *, after: str = "acknowledged", before_ns: int = OPEN, in_order: bool = False
-) -> int:
+def verify(image: Path, log: Path, *, after: str = "acknowledged") -> int:
     """Compare every unit of `image` with the log; returns how many units had been written. Raises Difference.
 
-    after: what must not be lost: what was `acknowledged`, or what was `synced` by an fsync acknowledged before
-    `before_ns`. in_order: the log is that of one thread that zeroed nothing, and all units together have to be as they
-    were at one moment of it: a prefix of its writes.
+    after: what must not be lost: what was `acknowledged`, or what was `synced`. That all units together are a prefix
+    of the writes is what the stories of tests/crash look at.
     """
-    oracle, offset, size, synced = load(log, before_ns=before_ns)
+    oracle, offset, size, synced = load(log)
     if after != "synced":
         synced = OPEN
-    found: dict[int, int] = {}
     with image.open("rb") as file:
         file.seek(offset)
         for start in range(offset, offset + size, REQUEST_MAX):
@@ -226,15 +222,7 @@ def verify(
                 raise Difference(f"the file ends at {start + len(data)} and not at {offset + size}")
             for at in range(0, len(data), oracle.unit_bytes):
                 unit = (start + at) // oracle.unit_bytes
-                found[unit] = oracle.check(unit, data[at : at + oracle.unit_bytes], synced=synced)
-    if in_order:
-        newest = max(found.values())
-        for unit, history in oracle.histories.items():
-            expected = max(write.sequence for write in history if write.sequence <= newest)
-            if found[unit] != expected:
-                raise Difference(
-                    f"write {newest} is there, but unit {unit} holds write {found[unit]} and not {expected}"
-                )
+                oracle.check(unit, data[at : at + oracle.unit_bytes], synced=synced)
     return len(oracle.histories)
 
 

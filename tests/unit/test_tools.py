@@ -6,8 +6,11 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.crash.content import print_of
+from tests.crash.story import Chapter, Expected, Volume
 from tests.exerciser import Difference, Oracle, completions, main, pattern, pauses, verify
 from tests.qemu.guest import cpio_newc, lines_with
 
@@ -140,17 +143,27 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     verify(image, log)
 
 
-def test_a_prefix_is_told_from_a_mixture(tmp_path: Path) -> None:
-    image, log = tmp_path / "image", tmp_path / "log"
-    log.write_text(f"H {SEED} {UNIT} 0 {2 * UNIT}\nW 1 1 0 1\nA 2 1 0\nW 3 2 1 1\nA 4 2 0\n")
-    for held, legal in (((0, 0), True), ((1, 0), True), ((1, 2), True), ((0, 2), False)):
-        image.write_bytes(b"".join(content(unit, sequence) for unit, sequence in enumerate(held)))
-        verify(image, log, after="synced")
-        if legal:
-            verify(image, log, after="synced", in_order=True)
-        else:
-            with pytest.raises(Difference, match="write 2 is there, but"):
-                verify(image, log, after="synced", in_order=True)
+def test_a_story_tells_a_prefix_from_a_mixture() -> None:
+    """Two writes to two units, the first of them synced: what a power cut may leave, by moment."""
+    volume = Volume(np.zeros(2, np.uint64), 10)
+    volume.write(0, 1, 1)
+    volume.history.durable.append((20, 1))
+    volume.write(1, 1, 2)
+    chapter = Chapter(0, 10, ["vm"], {"vm@s": "print"})
+    expected = Expected([chapter, Chapter(30, 40, ["vm"], {}, {"vm": 2})], {"vm": volume.history})
+    for picture, moment, legal in (
+        ((0, 0), 15, True),
+        ((0, 0), 25, False),  # what was synced is lost
+        ((1, 0), 25, True),
+        ((1, 2), 25, True),
+        ((0, 2), 15, False),  # no prefix
+    ):
+        found = {"vm": print_of(np.array(picture, np.uint64))}
+        assert (expected.problems(moment, found, {"vm@s": "print"}) == []) is legal
+        assert expected.problems(moment, found, {}), "the snapshot is there until it is removed"
+    done, without = {"vm": print_of(np.array((1, 2), np.uint64))}, {"vm": print_of(np.array((1, 0), np.uint64))}
+    assert not expected.problems(35, done, {}), "the verb was under way"
+    assert expected.problems(35, without, {}), "and took all writes along"
 
 
 def test_a_pause_ends_with_the_longest_gap() -> None:
