@@ -40,25 +40,33 @@ def test_a_daemon_that_deadlocks_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_sigterm_in_a_flush(tmp_path: Path, signals: int) -> None:
-    with Mount(tmp_path / "host") as mount:
-        mount.silofs("create", "vm1", "--size", "1M")
-    with Mount(tmp_path / "host", environment=stopping(tmp_path, "commit.durable")) as mount:
-        # Asked first: a new process closes the open files that it inherits, which a daemon that stands still holds up.
-        daemon = int(mount.status()["daemon_pid"])
+    with Mount(tmp_path / "host", environment=stopping(tmp_path, "journal.before_write")) as mount:
+        mount.silofs("create", "vm1", "--size", "8M")
         fd = os.open(mount.image("vm1"), os.O_RDWR)
-        os.pwrite(fd, b"x" * PAGE, 0)
-        flushed = threading.Thread(target=os.fsync, args=(fd,))
-        flushed.start()
-        until(lambda: spent(tmp_path), "a commit stops")
+        daemon = int(mount.status()["daemon_pid"])
+        synced = 0
+
+        def sync() -> None:  # the first ones may be commits: the journal is still being made
+            nonlocal synced
+            while not spent(tmp_path):
+                os.pwrite(fd, synced.to_bytes(2, "big") * 2048, synced * PAGE)
+                os.fsync(fd)
+                synced += 1
+
+        syncing = threading.Thread(target=sync)
+        syncing.start()
+        until(lambda: spent(tmp_path), "an fsync stops in the middle")
         for _ in range(signals):
             os.kill(daemon, signal.SIGTERM)
         os.kill(daemon, signal.SIGCONT)
-        flushed.join(20)
-        assert not flushed.is_alive()
+        syncing.join(20)
+        assert not syncing.is_alive() and synced
         until(lambda: mount.status()["daemon_pid"] != daemon, "the next daemon serves")
-        os.pwrite(fd, b"y" * PAGE, PAGE)
-        assert os.pread(fd, 2 * PAGE, 0) == b"x" * PAGE + b"y" * PAGE
         os.close(fd)
+        mount.kill_host()
+        mount.start()
+        data = mount.image("vm1").read_bytes()
+        assert data[: synced * PAGE] == b"".join(number.to_bytes(2, "big") * 2048 for number in range(synced))
         assert "Traceback" not in mount.log()
 
 
