@@ -18,7 +18,9 @@ from silofs.blocks import PAGE
 FREE: Final = ""  # in place of a table's name: the list of free pages
 MAIN: Final = "main"  # the tree that leads to all tables
 
-_META: Final = Struct("<16x24x40xQ40xQQQ")  # roots of the free list and of the main tree, last page, transaction
+_META: Final = Struct("<16xII16x40xQ40xQQQ")  # magic, version, roots of free list and main tree, last page, transaction
+_MAGIC: Final = 0xBEEFC0DE, 1
+_LAST_MAX: Final = 1 << 48  # of the numbers of pages that a node can hold
 _PAGE: Final = Struct("<QHHHH")  # its number, -, kind, end of the node offsets, -
 _NODE: Final = Struct("<HHHH")  # low and high half of a size, flags, length of the key
 _OVERFLOW_PAGES: Final = Struct("<12xI")
@@ -26,6 +28,7 @@ _ROOT_AT: Final = 40  # of the root's number in a tree's record of 48 bytes
 _BRANCH, _LEAF = 1, 2
 _ELSEWHERE: Final = 1  # flags of a node: its value is in pages of its own
 _NONE: Final = (1 << 64) - 1
+_NO_HEADER: Final = *_MAGIC, _NONE, _NONE, 0, 0
 _DEPTH_MAX: Final = 32
 
 
@@ -53,10 +56,30 @@ class RawTree:
     """One data file, open for reading. A context manager."""
 
     def __init__(self, data_file: Path) -> None:
-        """OSError when even the headers cannot be read."""
+        """OSError when the headers cannot be read. The newest that makes sense counts; without one there are no trees.
+
+        `headers` says how many make sense; `newest_known`, whether the state that is shown is certainly the newest.
+        """
         self._fd = os.open(data_file, os.O_RDONLY | os.O_CLOEXEC)
-        metas = [_META.unpack(os.pread(self._fd, _META.size, at)) for at in (0, PAGE)]
-        self._free, self._main, self._last, self.state = max(metas, key=lambda meta: meta[3])
+        metas = [_META.unpack(os.pread(self._fd, _META.size, at).ljust(_META.size, b"\0")) for at in (0, PAGE)]
+        sound = [meta for number, meta in enumerate(metas) if self._is_header(number, meta)]
+        *_, self._free, self._main, self._last, self.state = max(sound or [_NO_HEADER], key=lambda meta: meta[-1])
+        self.headers = len(sound)
+        # Each commit writes the header that is not the newest, and counts one on; a new file has two zeros.
+        first, second = metas[0][-1], metas[1][-1]
+        self.newest_known = len(sound) == len(metas) and (abs(first - second) == 1 or first == second == 0)
+
+    def _is_header(self, number: int, meta: tuple[int, ...]) -> bool:
+        """Whether a header page is one, and leads to trees. Nothing of LMDB's has a checksum."""
+        magic, version, free, main, last, state = meta
+        if (magic, version) != _MAGIC or last >= _LAST_MAX or (state and state & 1 != number):
+            return False
+        self._last = last  # what `page` goes by
+        return all(root == _NONE or self._is_tree(root) for root in (free, main))
+
+    def _is_tree(self, number: int) -> bool:
+        raw = self.page(number)
+        return raw is None or (_PAGE.unpack_from(raw)[0] == number and _parse(raw)[0] != 0)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -9,6 +9,7 @@ docs/cli.md has the verb, docs/format.md what a crash leaves at each step.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -318,20 +319,31 @@ def drop(path: Path) -> None:
 
 
 def put_in_place(path: Path) -> Path:
-    """Let the repaired store take the damaged one's place, in one step; where the damaged one is now."""
-    data, new, kept = path / DATA_DIRECTORY, path / REPAIR_DIRECTORY / DATA_DIRECTORY, path / KEPT_DIRECTORY
+    """Let the repaired store take the damaged one's place, in one step; where the damaged one is now.
+
+    Nothing of a damaged store is removed here, whatever ends this and whenever: not that of an earlier repair either.
+    """
+    data, new, kept = path / DATA_DIRECTORY, path / REPAIR_DIRECTORY / DATA_DIRECTORY, _unused(path)
     (new / "lock.mdb").unlink(missing_ok=True)
-    shutil.rmtree(kept, ignore_errors=True)
     sync_directory(new)
-    if _libc.renameat2(_AT_FDCWD, os.fsencode(data), _AT_FDCWD, os.fsencode(new), _EXCHANGE):
-        raise StoreError(f"the repaired store cannot take its place: {os.strerror(ctypes.get_errno())}")
+    new.rename(kept)  # from here on `repair` may be removed: it never holds the damaged store
+    failpoints.hit("repair.moved")
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(data), _AT_FDCWD, os.fsencode(kept), _EXCHANGE):
+        error = ctypes.get_errno()
+        kept.rename(new)
+        raise StoreError(f"the repaired store cannot take its place: {os.strerror(error)}")
     sync_directory(path)
     failpoints.hit("repair.exchanged")
-    new.rename(kept)
     (path / "quarantine.json").unlink(missing_ok=True)
     shutil.rmtree(path / REPAIR_DIRECTORY)
     sync_directory(path)
     return kept
+
+
+def _unused(path: Path) -> Path:
+    """`data.damaged`, or `data.damaged.2` and so on where that is there already."""
+    names = (f"{KEPT_DIRECTORY}.{number}" if number > 1 else KEPT_DIRECTORY for number in itertools.count(1))
+    return next(path / name for name in names if not (path / name).exists())
 
 
 def _batches(records: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:

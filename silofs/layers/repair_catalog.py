@@ -71,7 +71,14 @@ class CatalogRepair:
             gone.pop(volume.uuid, None)
         for name in gone.values():
             self._losses.append(Loss("volume", name, f"volume '{name}' cannot be kept: its record is lost"))
-        rows = max((state.rows.get(schema.VOLUME.name, 0) for state in self._states()), default=0)
+        if not self._old.newest_known:
+            message = "a header of the data file is damaged: its last commit may be lost; what that did is not named"
+            self._losses.append(Loss("other", "header", message))
+        states = list(self._states())
+        if not states:
+            message = "the state record is lost: volumes of which nothing else is left are not named"
+            self._losses.append(Loss("other", "state", message))
+        rows = max((state.rows.get(schema.VOLUME.name, 0) for state in states), default=0)
         nameless = rows - len(volumes.keys() | names.keys())
         if nameless > 0:
             self._losses.append(

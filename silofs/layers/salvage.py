@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from silofs.errors import Damaged
+from silofs.errors import BadFormat, Damaged
 from silofs.layers import catalog, containers, schema
 from silofs.layers.catalog import R
 from silofs.layers.rawtree import RawTree
@@ -18,13 +19,24 @@ from silofs.layers.schema import Table
 
 log = logging.getLogger(__name__)
 
+_TELLING: Final = (schema.META, schema.VOLUME, schema.LAYER)
+"""Without a record of any of these, nothing says that there was a volume, or that there was none."""
+
 
 class Salvage:
     """One data file. `damaged` counts records that were found and are not sound, by table."""
 
     def __init__(self, data_file: Path) -> None:
+        """BadFormat when nothing leads to any record: what could be made of that would be an empty store."""
         self._tree = RawTree(data_file)
+        self.newest_known = self._tree.newest_known
         self.damaged: dict[str, int] = {}
+        if not self._tree.headers or not any(any(self._tree.records(table.name)) for table in _TELLING):
+            self.close()
+            raise BadFormat(
+                f"nothing of a store can be found in {data_file}: what leads to its records is damaged",
+                hint="restore the store from a copy; nothing was changed",
+            )
 
     def close(self) -> None:
         self._tree.close()

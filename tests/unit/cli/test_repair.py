@@ -43,13 +43,28 @@ def test_a_store_that_is_open_is_not_repaired(silofs: Silofs) -> None:
         silofs.fails(11, "check", "--repair")
 
 
-@pytest.mark.parametrize("point", ["repair.built", "repair.exchanged"])
-def test_a_repair_that_is_killed_is_begun_again(silofs: Silofs, point: str) -> None:
+@pytest.mark.parametrize("point", ["repair.built", "repair.moved", "repair.exchanged"])
+def test_a_repair_that_is_killed_is_begun_again_and_the_damaged_store_stays(silofs: Silofs, point: str) -> None:
     silofs.ok("create", "vm", "--size", "1G")
     spoil(silofs.store)
+    damaged = data_file(silofs.store / "data")
     program = "import sys; from silofs.cli.main import run; sys.exit(run(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "--store", str(silofs.store), "check", "--repair", "--yes"]
     killed = subprocess.run(command, env={**os.environ, "SILOFS_FAIL": f"{point}:kill"}, check=False)
     assert killed.returncode == -9
-    assert silofs("check", "--repair", "--yes").code == (3 if point == "repair.built" else 0)
+    assert silofs("check", "--repair", "--yes").code == (0 if point == "repair.exchanged" else 3)
     assert silofs.ok("check")["damaged"] == 0
+    assert damaged in map(data_file, silofs.store.glob("data.damaged*"))
+
+
+def test_a_second_repair_keeps_what_the_first_one_replaced(silofs: Silofs) -> None:
+    silofs.ok("create", "vm", "--size", "1G")
+    spoil(silofs.store)
+    damaged = data_file(silofs.store / "data")
+    assert silofs("check", "--repair", "--yes").code == 3
+    assert silofs.ok("check", "--repair")["damaged_store"] == str(silofs.store / "data.damaged.2")
+    assert data_file(silofs.store / "data.damaged") == damaged
+
+
+def data_file(directory: Path) -> bytes:
+    return (directory / "data.mdb").read_bytes()

@@ -56,8 +56,9 @@ class Walk(RawTree):
     """Knows which pages it has been to."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__(file)
         self.seen: list[int] = []
+        super().__init__(file)
+        self.seen.clear()
 
     def page(self, number: int) -> bytes | None:
         self.seen.append(number)

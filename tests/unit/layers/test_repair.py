@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
+import lmdb
 import pytest
 
 from silofs.blocks import LEAF_PAGES, PAGE
-from silofs.errors import Damaged
+from silofs.errors import BadFormat, Damaged
 from silofs.layers import heads, schema
 from silofs.layers.check import check
 from silofs.layers.repair import Repair, Repaired, put_in_place
@@ -182,3 +184,46 @@ def test_pages_of_the_file(rig: Rig, seed: int) -> None:
     compare(before, result, store)
     with store.reader() as txn:
         assert check(txn, read_data=True) == []
+
+
+def spoil_pages(rig: Rig, first: int, content: bytes) -> None:
+    rig.store.close()
+    with (rig.path / "data" / "data.mdb").open("r+b") as file:
+        file.seek(first * PAGE)
+        file.write(content)
+
+
+@pytest.mark.parametrize("content", [bytes(PAGE), random.Random(5).randbytes(PAGE)], ids=["zeros", "noise"])
+@pytest.mark.parametrize("header", [0, 1])
+def test_a_spoilt_header_is_not_followed_and_is_said(rig: Rig, header: int, content: bytes) -> None:
+    """LMDB has two, without checksums: random bytes look newer than anything."""
+    before = contents(rig.store)
+    rig.store.write(lambda txn: txn.put_value("host", "name", b"there"))  # whatever header is left shows the volumes
+    spoil_pages(rig, header, content)
+    result, store = repaired(rig)
+    assert [loss.name for loss in result.losses] == ["header"]
+    compare(before, result, store)
+
+
+@pytest.mark.parametrize("content", [bytes(2 * PAGE), random.Random(5).randbytes(2 * PAGE), None])
+def test_a_store_of_which_nothing_is_found_is_not_made_an_empty_one(rig: Rig, content: bytes | None) -> None:
+    spoil_pages(rig, 0, content or b"")
+    data = rig.path / "data" / "data.mdb"
+    if content is None:
+        data.write_bytes(b"")
+    damaged = data.read_bytes()
+    with pytest.raises(BadFormat, match="nothing of a store"):
+        Repair(rig.path, rig.store.uuid).build()
+    assert data.read_bytes() == damaged
+
+
+def test_a_lost_state_record_is_said(rig: Rig) -> None:
+    """It is what says how many volumes there were."""
+    before = contents(rig.store)
+    rig.store.close()
+    env = lmdb.Environment(str(rig.path / "data"), max_dbs=1, lib_version=schema.ENGINE_MAJOR)
+    with closing(env), env.begin(write=True) as txn:
+        txn.delete(schema.META_STATE, db=env.open_db(schema.META.name.encode(), txn=txn, create=False))
+    result, store = repaired(rig)
+    assert [loss.name for loss in result.losses] == ["state"]
+    compare(before, result, store)
