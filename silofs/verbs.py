@@ -192,7 +192,7 @@ def targets(args: Args) -> list[tuple[str, str]]:
         found.append((name_in(target, "volume"), name_in(target, "snapshot")))
     twice = next((target for target in found if found.count(target) > 1), None)
     if twice is not None:
-        raise UserError(f"{twice[0]}@{twice[1]} is asked for twice")
+        raise UserError(f"{twice[0]}@{twice[1]} is asked for twice", hint="name each snapshot once")
     return found
 
 
