@@ -399,10 +399,11 @@ class CheckOffer(Action, frozen=True):
 
 
 class CheckPrepare(Action, frozen=True):
-    """Reserve space for `pages` more."""
+    """Whether `pages` more would fit, and the states `named` are here."""
 
     token: int
     pages: int
+    named: tuple[bytes, ...]
 
 
 class FindMissing(Action, frozen=True):

@@ -212,10 +212,14 @@ class Announce(Message, frozen=True, tag="announce"):
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
-    """The source is about to freeze; may the rest (`pages`) come?"""
+    """The source is about to freeze; may the rest (`pages`) come? `named`: states of snapshots that are not sent, since
+
+    they lie below what both ends have. The receiver may have merged one away, and could not take over then.
+    """
 
     attempt: Count
     pages: Count
+    named: Annotated[tuple[Id, ...], Meta(max_length=limits.SNAPSHOTS_MAX)]
 
 
 class Grant(Message, frozen=True, tag="grant"):

@@ -512,7 +512,9 @@ class SourceMachine(Machine):
         self.state = State.PREPARING
         self._attempt += 1
         self._freezes += 1
-        self._send(ms.Prepare(*self._header, self._attempt, self.rounds[-1] if self.rounds else 0))
+        sent = {segment.uuid for segment in self.record.segments}
+        named = tuple(dict.fromkeys(info.segment for info in self.record.snapshots if info.segment not in sent))
+        self._send(ms.Prepare(*self._header, self._attempt, self.rounds[-1] if self.rounds else 0, named))
         self._due = now + limits.PREPARE_S
 
     def _prepared(self, message: ms.Prepared, now: float) -> None:

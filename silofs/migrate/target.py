@@ -214,7 +214,7 @@ class TargetMachine(Machine):
                 self._announced(message)
             case ms.Prepare() if self.state is State.INCOMING:
                 self._prepare = (self._next(), message.attempt)
-                self._do(ev.CheckPrepare(self._prepare[0], message.pages))
+                self._do(ev.CheckPrepare(self._prepare[0], message.pages, message.named))
             case ms.Grant():
                 self._granted(message)
             case ms.Cancelled() if self.state is State.CHECKING:

@@ -20,7 +20,7 @@ from silofs.errors import ProtocolError
 from silofs.migrate.codec import Block
 from silofs.migrate.messages import AnyMessage
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"sF"
 HEADER = struct.Struct(">2sBBIQQ")
 BLOCKS_MAX = 16  # blocks in one pages frame: 1 MiB uncompressed

@@ -70,11 +70,20 @@ def _has_space(engine: Engine, pages: int) -> bool:
     return pages * PAGE * SPACE_FACTOR_NUMERATOR // SPACE_FACTOR_DENOMINATOR <= engine.store.room()
 
 
-async def check_prepare(engine: Engine, action: ev.CheckPrepare) -> ev.Event:
-    """Whether the rest would fit. Space is not held: what does not fit pauses the sweep, and no page is lost by it."""
+async def check_prepare(engine: Engine, threads: Threads, action: ev.CheckPrepare) -> ev.Event:
+    """Whether the rest would fit, and the named states below it are here still: a merge may have taken one.
+
+    Space is not held: what does not fit pauses the sweep, and no page is lost by it.
+    """
     refusal: Refusal | None = None
+
+    def lacks(reader: ReadTxn) -> bool:
+        return any(reader.layer_by_uuid(uuid) is None for uuid in action.named)
+
     try:
-        if not _has_space(engine, action.pages):
+        if await threads.read(lacks):
+            refusal = Refusal.BASE
+        elif not _has_space(engine, action.pages):
             refusal = Refusal.SPACE
     except OSError:
         refusal = Refusal.STORE

@@ -141,8 +141,8 @@ class Walk(RawTree):
     """Knows which pages it has been to."""
 
     def __init__(self, data_file: Path) -> None:
-        super().__init__(data_file)
         self.seen: list[int] = []
+        super().__init__(data_file)
 
     def page(self, number: int) -> bytes | None:
         self.seen.append(number)

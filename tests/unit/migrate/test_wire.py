@@ -52,7 +52,7 @@ def test_every_message_survives_the_wire() -> None:
         ms.Pong(1),
         ms.Offer(*head, (offered,), False, b""),
         ms.Announce(*head, 3, (base,), (segment,), True),
-        ms.Prepare(*head, 1, 20),
+        ms.Prepare(*head, 1, 20, (b"s" * 16,)),
         ms.Grant(
             *head, (offered,), (base,), (segment,), (ms.Base(b"v" * 16, b"g" * 16),),
             (ms.SnapshotInfo(b"v" * 16, "daily", b"g" * 16, 4096, 1),), (part,), False,

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from silofs import failpoints
 from silofs.errors import Busy, FetchTimeout, NoSuchThing, NotAuthorised, NotOwner, UserError
+from silofs.layers.policies import drain
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -338,6 +339,31 @@ async def test_an_old_copy_stays_while_it_has_snapshots_that_did_not_travel(tmp_
         assert not [key for key in a.engine.reads.txn.values("host") if key.startswith("retained ")]
         assert a.role("vm1") == "retired"
         await a.call("rm", volume="vm1", force=True)
+
+
+async def test_a_home_that_has_merged_a_named_state_away_refuses_before_the_switch(tmp_path):
+    async with two(tmp_path) as (a, b):
+        await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
+        await a.call("create", name="vm1", size=MIB)
+        for number, name in enumerate(("first", "second")):
+            await a.write("vm1", number * 4096, b"x" * 4096)
+            await a.call("snapshot", volume="vm1", snapshot=name)
+        await a.call("clone", source="vm1", snapshot="second", new="kept")
+        first = a.engine.reads.txn.snapshots(a.engine.reads.txn.volume_by_name("vm1").uuid)[0].layer
+        uuid = a.engine.reads.txn.layer(first).uuid
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
+        await a.call("rm", volume="vm1", force=True)
+        await trio.to_thread.run_sync(drain, a.store)
+        with a.store.reader() as txn:
+            assert txn.layer_by_uuid(uuid) is None
+        said = await b.call("migrate", names=["vm1"], to=b.a, switchover="now")
+        assert (said["state"], said["left_snapshots"]) == ("failed", [])
+        assert "no longer the state of a snapshot" in said["error"] and "--no-snapshots" in said["hint"]
+        assert b.role("vm1") == "owner"
+        await b.write("vm1", 0, b"y" * 4096)
+        await b.call("migrate", names=["vm1"], to=b.a, switchover="now", snapshots=False)
+        assert (a.role("vm1"), b.role("vm1")) == ("owner", "retired")
+        assert await a.read("vm1", 0, 8192) == b"y" * 4096 + b"x" * 4096
 
 
 async def _postcopy(a, bandwidth=MIB):

@@ -47,7 +47,7 @@ def pair():
 
 
 def hello_of(store):
-    return lambda session: Hello((1, 1), store, session, (), (), ())
+    return lambda session: Hello((wire.VERSION, wire.VERSION), store, session, (), (), ())
 
 
 async def greeted():
