@@ -150,7 +150,7 @@ def test_a_full_destination_pauses_the_sweep_and_loses_nothing(tmp_path: Path) -
                     os.pwrite(image.fileno(), os.urandom(MIB), at)
             refused = a.run("migrate", "big", "--to", there, "--switchover", "now")
             assert refused.returncode == 1 and "space" in refused.stderr
-            data = filled(a, "vm1", 48 * MIB)
+            data = filled(a, "vm1", 128 * MIB)  # more than a store holds ahead
             command = ("migrate", "vm1", "--to", there, "--switchover", "now", "--mode", "postcopy", "--detach")
             name = a.silofs_json(*command, "--max-bandwidth", "8M")["migration"]
             until(lambda: phase(a, name) == "pulling", "pulling")
@@ -163,7 +163,7 @@ def test_a_full_destination_pauses_the_sweep_and_loses_nothing(tmp_path: Path) -
                     pass
             until(lambda: b.silofs_json("migration", "show", name)["error"], "the sweep stops")
             with b.image("vm1").open("rb", buffering=0) as image:
-                assert os.pread(image.fileno(), PAGE, 47 * MIB) == data[47 * MIB : 47 * MIB + PAGE]
+                assert os.pread(image.fileno(), PAGE, 127 * MIB) == data[127 * MIB : 127 * MIB + PAGE]
             assert a.silofs_json("info", "vm1")["role"] == "released"
             filler.unlink()
             until(lambda: phase(a, name) == "complete", "complete", timeout=60)
