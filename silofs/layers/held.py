@@ -165,7 +165,9 @@ class Held:
                 elif error in (errno.ENOSPC, errno.EDQUOT):
                     step //= 2
                 elif error != errno.EINTR:
-                    raise OSError(error, os.strerror(error), str(self.data_file))
+                    # The disk fails. What is held already counts, reads go on, and who needs more tries again.
+                    log.error("space in %s cannot be held: %s", self.data_file, os.strerror(error))
+                    break
         finally:
             os.close(fd)
         full = start < end
