@@ -194,6 +194,8 @@ class Daemon:
             self._adapter.bind(
                 Volumes(self._engine, log.handles, log.locks, service.view, self._space, guard, requests)
             )
+            log.show_room(extension.room)
+            nursery.start_soon(trio.to_thread.run_sync, extension.read_into, log.ring, self._adapter.write_placed)
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
             nursery.start_soon(self._signals)

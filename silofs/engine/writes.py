@@ -34,8 +34,11 @@ class Writes:
 
     # The hot path
 
-    def write_now(self, volume: VolumeState, offset: int, data: Data) -> bool:
-        """Admit a write if nothing has to be waited for; else False, nothing has happened: await `write`."""
+    def write_now(self, volume: VolumeState, offset: int, data: Data, *, placed: bool = False) -> bool:
+        """Admit a write if nothing has to be waited for; else False, nothing has happened: await `write`.
+
+        `placed`: the data is in the log's ring already, as `WriteLog.placed` gave it.
+        """
         length = len(data)
         commits = self._commits
         if not volume.writable or offset + length > volume.size or length > REQUEST_BYTES_MAX or not length:
@@ -46,7 +49,9 @@ class Writes:
         cost = length * BYTE_COST + WRITE_COST
         if not log.room(length) or (cost > commits.credit and not commits.admits(cost)):
             return False
-        lsn, position = log.append(WRITE, volume.uuid, volume.epoch, volume.last_lsn, offset, length, data)
+        lsn, position = log.append(
+            WRITE, volume.uuid, volume.epoch, volume.last_lsn, offset, length, data, placed=placed
+        )
         volume.last_lsn = lsn
         volume.pending.write(offset, position, length, lsn)
         commits.credit -= cost

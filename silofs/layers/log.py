@@ -37,6 +37,7 @@ class WriteLog:
         "_lap",
         "_next_lsn",
         "_pos",
+        "_room",
         "_secret",
         "_sequence",
         "_size",
@@ -58,6 +59,7 @@ class WriteLog:
         self._sequence, self._tail = self._newest_tail()
         self._lap, self._pos, self._next_lsn = self._tail
         self.appended = 0
+        self._room = memoryview(bytearray(16)).cast("Q")
         for _ in self.replay():  # finds the head: the place after the last whole record
             pass
 
@@ -140,10 +142,13 @@ class WriteLog:
         offset: int,
         length: int,
         payload: bytes | memoryview = b"",
+        *,
+        placed: bool = False,
     ) -> tuple[int, int]:
         """Log one record; (its LSN, ring position of its payload). The caller has asked `room(len(payload))`.
 
-        `prev_lsn` is the LSN of the volume's record before this one: a gap shows at replay.
+        `prev_lsn` is the LSN of the volume's record before this one: a gap shows at replay. `placed`: the payload is
+        what `placed` gave, and so needs no copy.
         """
         count = len(payload)
         position = self._pos
@@ -153,12 +158,29 @@ class WriteLog:
         lsn = self._next_lsn
         body = position + HEADER
         ring = self.ring
-        ring[body : body + count] = payload
+        if not placed:
+            ring[body : body + count] = payload
         ring[position:body] = header(self._secret, kind, self._lap, lsn, prev_lsn, uuid, epoch, offset, length, payload)
         self._next_lsn = lsn + 1
-        self._pos = (body + count + ALIGN - 1) & -ALIGN
+        self._pos = end = (body + count + ALIGN - 1) & -ALIGN
+        self._room[0] = end + HEADER
         self.appended += 1
         return lsn, body
+
+    def placed(self, position: int, length: int) -> memoryview | None:
+        """The ring's own bytes there, as the payload for the next `append`; None when that is not their place."""
+        if position != self._pos + HEADER or position + length > self._room[1]:
+            return None
+        return self.ring[position : position + length]
+
+    def show_room(self, words: memoryview) -> None:
+        """Keep in `words` where the next record's payload goes, and how far that may be written to by anybody."""
+        self._room = words
+        self._show_room()
+
+    def _show_room(self) -> None:
+        self._room[0] = self._pos + HEADER
+        self._room[1] = self._size if self._lap == self._tail.lap else self._tail.position
 
     def _wrap(self) -> None:
         if self._pos + HEADER <= self._size:
@@ -166,6 +188,7 @@ class WriteLog:
             self.ring[self._pos : self._pos + HEADER] = wrap
         self._lap += 1
         self._pos = 0
+        self._show_room()
 
     # Freeing
 
@@ -185,6 +208,7 @@ class WriteLog:
         self.memory.tails[slot : slot + _TAIL.size + _SUM.size] = tail + _SUM.pack(checksum(tail, self._secret))
         self._sequence = sequence
         self._tail = mark
+        self._show_room()
 
     def _newest_tail(self) -> tuple[int, Mark]:
         best: tuple[int, Mark] | None = None
@@ -212,6 +236,7 @@ class WriteLog:
             self._lap, self._pos, self._next_lsn = after
             if record.kind != WRAP:
                 yield record
+        self._show_room()
 
     def statistics(self) -> dict[str, int]:
         return {

@@ -27,8 +27,10 @@ from silofs.errors import Damaged, SiloError, Unsupported
 from silofs.facts import View
 from silofs.layers.handles import Handle, HandleTable
 from silofs.layers.locks import LockTable
+from silofs.layers.log import WriteLog
 from silofs.limits import DAMAGE_TOLD_MAX, SIZE_MAX
 from silofs.mount import extension, raw
+from silofs.mount.extension import AT, FLAGS, HANDLE, LENGTH, OFFSET
 from silofs.mount.guard import Guarded, guarded
 from silofs.mount.locking import Locking
 from silofs.mount.requests import Requests
@@ -38,7 +40,6 @@ log = logging.getLogger(__name__)
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # fallocate(2)
 SYNC = os.O_SYNC | os.O_DSYNC
-WRITE_FLAGS = 1  # where they are in extension.request
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Files(Guarded):
         super().__init__()
         self._volumes: Volumes
         self._engine: Engine
+        self._log: WriteLog
         self._locking: Locking | None
         self._files: dict[int, File] = {}
         self._told: set[str] = set()
@@ -92,6 +94,7 @@ class Files(Guarded):
         """Take the engine, and the handles that were open when the last daemon died."""
         self._volumes = volumes
         self._engine = volumes.engine
+        self._log = volumes.engine.log
         self._locking = Locking(volumes.locks) if volumes.locks is not None else None
         for handle in volumes.handles.items():
             try:
@@ -115,7 +118,7 @@ class Files(Guarded):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         try:
             file = self._files[fh]
-            sync = file.sync or self._request[WRITE_FLAGS] & SYNC
+            sync = file.sync or self._request[FLAGS] & SYNC
             if not self._engine.write_now(file.state, off, buf):
                 await self._engine.write(file.state, off, buf)
             if sync and not self._engine.flush_now(file.state):
@@ -123,6 +126,21 @@ class Files(Guarded):
             return len(buf)
         except Exception as error:
             raise self._lost(fh, error) from None
+
+    def write_placed(self) -> bool:
+        """A write whose bytes the kernel has put into the ring already, if it can be done at once; else False.
+
+        `write` does those that are left, from a copy.
+        """
+        request = self._request
+        try:
+            file = self._files[request[HANDLE]]
+            data = self._log.placed(request[AT], request[LENGTH])
+            if data is None or file.sync or request[FLAGS] & SYNC:
+                return False
+            return self._engine.write_now(file.state, request[OFFSET], data, placed=True)
+        except Exception:
+            return False  # `write` meets the same, and says what it is
 
     def _lost(self, fh: int, error: Exception) -> FUSEError:
         """`refusal`, and EBADF for a handle that is not known: looked at only now, to keep reads and writes short."""

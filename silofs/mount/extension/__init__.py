@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -19,8 +20,13 @@ LIBRARY = Path(__file__).with_name("dispatch.so")
 SWITCH = "SILOFS_EXTENSION"  # "off", or the path of another build of it, for tests
 RESENT = 1 << 63  # in a request's number: the kernel sent it again, since the daemon that had read it died
 
-_WORDS = 2  # silofs_request: number, flags of a write
+NUMBER, FLAGS, HANDLE, OFFSET, LENGTH, AT = range(6)
+"""What the words of `request` are."""
+_WORDS = 6
+_ROOM = 2
 _TAKE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+_WRITE = ctypes.CFUNCTYPE(ctypes.c_int)
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 
 
 def _load() -> ctypes.CDLL | None:
@@ -40,10 +46,19 @@ ABILITIES = ("fallocate", "lseek", "copy_file_range", "locks", "write_flags", "r
 abilities: tuple[str, ...] = ABILITIES if available else ()
 """What a mount has by it: told to the holder, shown as capabilities. A later daemon of the mount must have them all."""
 
-_words = (ctypes.c_uint64 * _WORDS).in_dll(_library, "silofs_request") if _library else (ctypes.c_uint64 * _WORDS)()
-request = memoryview(_words).cast("B").cast("Q")
-"""[number, flags] of the request whose handler runs, until that handler first awaits. Flags are those of a write: the
-file's open flags, with O_DSYNC or O_SYNC where this one write has RWF_DSYNC or RWF_SYNC. 0 where there is none."""
+
+def _variable(name: str, words: int) -> memoryview:
+    """64-bit words of the library; without it, some that nobody reads."""
+    kind = ctypes.c_uint64 * words
+    return memoryview(kind.in_dll(_library, name) if _library else kind()).cast("B").cast("Q")
+
+
+request = _variable("silofs_request", _WORDS)
+"""The request whose handler runs, until that handler first awaits. FLAGS are those of a write: the file's open flags,
+with O_DSYNC or O_SYNC where this one write has RWF_DSYNC or RWF_SYNC. 0 where there is none."""
+
+room = _variable("silofs_room", _ROOM)
+"""[first byte, end] of what is free in the ring for the next write's bytes; kept by the write log."""
 
 _kept: list[object] = []
 
@@ -53,7 +68,7 @@ def request_unique() -> int | None:
 
     One request has one number for the life of the mount, so that its second coming is known. None: it cannot be told.
     """
-    return request[0] or None
+    return request[NUMBER] or None
 
 
 def install(take: Callable[[bytes], bool]) -> None:
@@ -74,3 +89,25 @@ def install(take: Callable[[bytes], bool]) -> None:
     pointer = _TAKE(call)
     _kept.append(pointer)  # C has its address from here on
     ctypes.c_void_p.in_dll(_library, "silofs_take").value = ctypes.cast(pointer, ctypes.c_void_p).value
+
+
+def read_into(ring: memoryview, write: Callable[[], bool]) -> None:
+    """Let the kernel copy the bytes of writes into `ring`, where `room` says, and offer each to `write`.
+
+    It finds what was asked for in `request`, and the bytes at AT; what it takes (True) is answered as done. It neither
+    waits nor raises; what it does not take goes on to pyfuse3's handler. Call this from a thread: the ring is mapped
+    page by page first, since a read into a page that is not ends with EIO when the process is killed in it.
+    """
+    if _library is None:
+        return
+    memory = ctypes.c_char.from_buffer(ring)
+    address, libc = ctypes.addressof(memory), ctypes.CDLL(None, use_errno=True)
+    begin = address & -mmap.PAGESIZE
+    length = ctypes.c_size_t(address + len(ring) - begin)
+    if libc.madvise(ctypes.c_void_p(begin), length, _POPULATE_WRITE):
+        log.info("writes are copied: %s", os.strerror(ctypes.get_errno()))
+        return
+    pointer = _WRITE(write)
+    _kept.extend((memory, pointer))
+    ctypes.c_void_p.in_dll(_library, "silofs_write").value = ctypes.cast(pointer, ctypes.c_void_p).value
+    ctypes.c_void_p.in_dll(_library, "silofs_ring").value = address
