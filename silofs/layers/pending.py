@@ -6,7 +6,7 @@ the bytes. A `Pending` is written by the engine only until it is handed to a com
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 from silofs.blocks import LEAF_SHIFT, PAGE, PAGE_SHIFT
 from silofs.extents import Extents
@@ -106,19 +106,21 @@ class Pending:
             self.pages[page] = position
             self.leaves.add(page >> LEAF_SHIFT)
             return
-        pages, leaves = self.pages, self.leaves
-        end = offset + length
-        while offset < end:
-            page, start = offset >> PAGE_SHIFT, offset & (PAGE - 1)
-            leaves.add(page >> LEAF_SHIFT)
-            if start or end - offset < PAGE:
-                step = min(PAGE - start, end - offset)
-                self._patch(page).put(start, start + step, position)
-            else:
-                step = PAGE
-                pages[page] = position
-            offset += step
+        first, end = offset >> PAGE_SHIFT, (offset + length) >> PAGE_SHIFT  # but for the edges
+        self.leaves.update(range(first >> LEAF_SHIFT, ((offset + length - 1) >> PAGE_SHIFT >> LEAF_SHIFT) + 1))
+        start = offset & (PAGE - 1)
+        if start:
+            step = min(PAGE - start, length)
+            self._patch(first).put(start, start + step, position)
             position += step
+            first += 1
+        if first < end:
+            count = (end - first) << PAGE_SHIFT
+            self.pages.update(zip(range(first, end), range(position, position + count, PAGE), strict=True))
+            position += count
+        rest = (offset + length) & (PAGE - 1)
+        if rest and first <= end:
+            self._patch(end).put(0, rest, position)
 
     def _patch(self, page: int) -> Patch:
         """The page's entry as a patch, made from what is there now."""
@@ -146,6 +148,18 @@ class Pending:
             for page in [page for page in pages if first_page <= page < end_page]:
                 del pages[page]
         self.zeros.add(first_page, end_page)
+
+    def split(self) -> tuple[dict[int, int], dict[int, Patch]]:
+        """(pages that lie in the ring as they are, pages of which only parts were written)."""
+        if Patch not in set(map(type, self.pages.values())):  # as nearly always
+            return cast("dict[int, int]", self.pages), {}
+        whole, patches = {}, {}
+        for page, entry in self.pages.items():
+            if isinstance(entry, Patch):
+                patches[page] = entry
+            else:
+                whole[page] = entry
+        return whole, patches
 
     def lookup(self, page: int) -> int | Patch | None:
         """Ring position of the page's bytes, a Patch, ZERO, or None: nothing of it is pending."""
