@@ -20,6 +20,7 @@ class Puts(ReadTxn):
     def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview]) -> None:
         super().__init__(environment, txn)
         self.keys_changed = 0  # puts and deletes so far
+        self.put_bytes = 0  # by puts
         self._counters = self._counters_before = super().state
 
     def renew(self) -> None:
@@ -35,6 +36,7 @@ class Puts(ReadTxn):
     def _put(self, table: Table, key: bytes, value: Buffer, *, append: bool = False) -> None:
         self._look_up(table, key)
         self.keys_changed += 1
+        self.put_bytes += len(value)
         self._txn.put(key, value, append=append, db=self._environment.tables[table])
 
     def _delete(self, table: Table, key: bytes) -> bool:

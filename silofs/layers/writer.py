@@ -26,6 +26,7 @@ from silofs.layers.held import no_room
 from silofs.layers.transaction import RunAgain, WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.warm import WarmLeaves
+from silofs.layers.writeback import Writeback
 from silofs.limits import MIB, WRITER_LEAVES
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Writer:
         self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any], int] | None] = queue.SimpleQueue()
         self._usage = usage
         self.warm = WarmLeaves(WRITER_LEAVES)
+        self._writeback = Writeback(environment.data_file)
         self.broken: StoreBroken | None = None
         self.unused_bytes = 0  # of the file, as of the last commit
         self.commits = 0
@@ -66,6 +68,7 @@ class Writer:
         """Finish what was submitted, then end the thread."""
         self._queue.put(None)
         self._thread.join()
+        self._writeback.close()
 
     def _run(self) -> None:
         while True:
@@ -115,7 +118,8 @@ class Writer:
             write.finish()
             unused = self._environment.unused_bytes(txn, self._environment.notes.writer)
             started = time.monotonic()
-            txn.commit()
+            with self._writeback.during(write.put_bytes):
+                txn.commit()
         except BaseException:
             txn.abort()
             raise
