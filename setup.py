@@ -1,4 +1,4 @@
-"""Builds the C extension beside the package. An installation without a compiler or libfuse's headers works without it."""
+"""Builds the C libraries beside the package. An installation without a compiler or their headers works without them."""
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -24,7 +24,13 @@ setup(
             libraries=["fuse3", "dl"],
             extra_compile_args=WARNINGS,
             optional=True,
-        )
+        ),
+        Extension(
+            "silofs.layers.native.objects",
+            ["silofs/layers/native/objects.c"],
+            extra_compile_args=WARNINGS,
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildLibrary},
 )

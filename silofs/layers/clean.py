@@ -15,6 +15,7 @@ import numpy as np
 
 from silofs.errors import Damaged
 from silofs.layers import schema
+from silofs.layers.native import Source
 from silofs.layers.objects import read_live, tally
 from silofs.layers.rewrite import Budget, Policy, rewrite
 from silofs.layers.schema import LIVE_SHIFT, OBJECT_PAGES
@@ -188,5 +189,5 @@ class Clean(Policy):
 def move(txn: WriteTxn, places: list[Place], data: list[bytes]) -> int:
     """Store pages again, neighbours together, and exchange their entries; how many were still what they had been."""
     order = sorted(range(len(places)), key=lambda at: places[at][:2])
-    refs = txn.store_mixed([places[at][:2] for at in order], [data[at] for at in order]).tolist()
+    refs = txn.store_mixed([places[at][:2] for at in order], Source.of([data[at] for at in order])).tolist()
     return rewrite(txn, [(*places[at], new) for at, new in zip(order, refs, strict=True)])

@@ -23,8 +23,9 @@ from silofs.layers import schema
 from silofs.layers.catalog import Volume
 from silofs.layers.changes import Numbers
 from silofs.layers.heads import HeadWriter
+from silofs.layers.native import Source
 from silofs.layers.pending import Patch, Pending
-from silofs.layers.schema import Buffer, Refs
+from silofs.layers.schema import Refs
 from silofs.layers.transaction import RunAgain, WriteTxn
 
 log = logging.getLogger(__name__)
@@ -114,26 +115,32 @@ def _apply(writer: HeadWriter, txn: WriteTxn, pending: Pending, ring: memoryview
     writer.zero((first, min(end, end_page)) for first, end in pending.zeros)
     if not pending.pages:
         return
-    patches: dict[int, Patch] = {}
-    if Patch in set(map(type, pending.pages.values())):
-        patches = {page: entry for page, entry in pending.pages.items() if isinstance(entry, Patch)}
-    rendered = {page: _render(writer, txn, page, patch, ring) for page, patch in patches.items()}
-    numbers = np.fromiter(pending.pages, np.int64, len(pending.pages))
-    if patches:
-        positions = np.array([-2 if isinstance(at, Patch) else at for at in pending.pages.values()], np.int64)
-    else:
-        positions = np.fromiter(pending.pages.values(), np.int64, len(numbers))
+    pages, patches = pending.split()
+    _apply_patches(writer, txn, {page: patch for page, patch in patches.items() if page < end_page}, ring)
+    numbers = np.fromiter(pages, np.int64, len(pages))
+    positions = np.fromiter(pages.values(), np.int64, len(pages))
     order = np.argsort(numbers)
     order = order[: np.searchsorted(numbers, end_page, sorter=order)]  # a shrunk volume has no pages beyond its size
-    numbers, positions = numbers[order], positions[order]
+    if len(order):
+        numbers, positions = numbers[order], positions[order]
+        writer.write(numbers, Source(ring, positions), _zero_pages(positions, ring))
 
-    zero = _zero_pages(positions, ring)
-    data: list[Buffer | None] = [ring[at : at + PAGE] for at in positions.tolist()]
+
+def _apply_patches(writer: HeadWriter, txn: WriteTxn, patches: dict[int, Patch], ring: memoryview) -> None:
+    """Pages of which only ranges were written, merged with what they were written on."""
+    rendered, lost = {}, []
+    for page in sorted(patches):
+        whole = _render(writer, txn, page, patches[page], ring)
+        if whole is None:
+            lost.append(page)
+        else:
+            rendered[page] = whole
+    if lost:
+        writer.lose(np.array(lost, np.int64))
     if rendered:
-        for index in np.flatnonzero(positions == -2).tolist():
-            data[index] = page = rendered[int(numbers[index])]
-            zero[index] = page == ZERO_PAGE
-    writer.write(numbers, data, zero)
+        numbers = np.fromiter(rendered, np.int64, len(rendered))
+        zero = np.array([page == ZERO_PAGE for page in rendered.values()], np.bool_)
+        writer.write(numbers, Source.of(list(rendered.values())), zero)
 
 
 def _zero_pages(positions: Numbers, ring: memoryview) -> npt.NDArray[np.bool_]:

@@ -7,8 +7,8 @@ hold is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, cast
+from collections.abc import Iterable
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -19,7 +19,8 @@ from silofs.extents import Extents
 from silofs.layers import leaves, schema
 from silofs.layers.catalog import Volume
 from silofs.layers.changes import Numbers
-from silofs.layers.schema import Buffer, Refs
+from silofs.layers.native import Source
+from silofs.layers.schema import Refs
 from silofs.layers.voids import VoidChanges
 from silofs.layers.warm import Entry
 from silofs.limits import VOID_LEAVES, WRITER_LEAVES
@@ -42,20 +43,21 @@ class HeadWriter:
         self._zeroed_left = VOID_LEAVES
         self.stale = Extents()  # leaves changed that are not in `resolved`
 
-    def write(self, numbers: Numbers, data: Sequence[Buffer | None], zero: npt.NDArray[np.bool_]) -> None:
-        """Pages with ascending numbers: their bytes, None for one that is lost; `zero` says which are all zero."""
-        if None not in data and not zero.any():  # as nearly always
-            self._put(numbers, self._txn.store_pages(self._head, numbers.tolist(), cast("Sequence[Buffer]", data)))
+    def write(self, numbers: Numbers, source: Source, zero: npt.NDArray[np.bool_]) -> None:
+        """Pages with ascending numbers, and their bytes; `zero` says which are all zero."""
+        if not zero.any():  # as nearly always
+            self._put(numbers, self._txn.store_pages(self._head, numbers.tolist(), source))
             return
-        refs = np.where(zero, np.uint64(schema.ZERO), np.uint64(schema.LOST))
-        at, kept = [], []
-        for index, (page, is_zero) in enumerate(zip(data, zero.tolist(), strict=True)):
-            if page is not None and not is_zero:
-                at.append(index)
-                kept.append(page)
-        if kept:
-            refs[at] = self._txn.store_pages(self._head, numbers[at].tolist(), kept)
+        refs = np.full(len(numbers), schema.ZERO, np.uint64)
+        kept = np.flatnonzero(~zero)
+        if len(kept):
+            some = Source(source.base, source.at[kept])
+            refs[kept] = self._txn.store_pages(self._head, numbers[kept].tolist(), some)
         self._put(numbers, refs)
+
+    def lose(self, numbers: Numbers) -> None:
+        """Pages with ascending numbers become LOST: an error until they are overwritten."""
+        self._put(numbers, np.full(len(numbers), schema.LOST, np.uint64))
 
     def refer(self, numbers: Numbers, refs: Refs) -> None:
         """Pages with ascending numbers become ZERO, or what the references are to, which may be given away."""

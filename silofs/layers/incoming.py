@@ -17,6 +17,7 @@ from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Pin, Value, Volume
 from silofs.layers.changes import pages_of
 from silofs.layers.heads import ROWS
+from silofs.layers.native import Source
 from silofs.layers.schema import Buffer
 from silofs.layers.volumes import VolumeChanges, checked_size, kept_until
 
@@ -102,7 +103,7 @@ class IncomingChanges(VolumeChanges):
         """Store the bytes of pages that are still remote; the others are left alone. The number stored."""
         wanted = self._still_remote(layer_id, pages)
         if wanted:
-            refs = self.store_pages(layer_id, wanted, [_whole(pages[page]) for page in wanted])
+            refs = self.store_pages(layer_id, wanted, Source.of([_whole(pages[page]) for page in wanted]))
             self._replace(layer_id, wanted, refs.tolist())
         return len(wanted)
 

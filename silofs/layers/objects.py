@@ -17,12 +17,14 @@ import numpy.typing as npt
 from silofs.errors import Damaged
 from silofs.layers import schema
 from silofs.layers.environment import Environment
+from silofs.layers.native import Source, build_objects
 from silofs.layers.puts import Puts
 from silofs.layers.schema import Buffer, Refs, Table
 
 log = logging.getLogger(__name__)
 
 RELEASED_MAX: Final = 1 << 20  # references whose release may wait in memory
+OBJECTS_AT_ONCE: Final = 8  # put together before they are stored: 1 MiB
 _LIVE_ROW: Final = np.dtype("<u4")
 
 Masks = npt.NDArray[np.uint32]
@@ -38,24 +40,20 @@ class ObjectChanges(Puts):
         self._released_count = 0
         self.settled: dict[int, tuple[int, int]] = {}  # group of object ids -> (objects, live slots), as changed
 
-    def store_pages(self, layer_id: int, pages: Sequence[int], data: Sequence[Buffer]) -> Refs:
-        """Pack pages (4096 bytes each, numbers ascending) for a layer; their references, in order.
+    def store_pages(self, layer_id: int, pages: Sequence[int], source: Source) -> Refs:
+        """Pack pages (numbers ascending) for a layer; their references, in order.
 
         The caller puts the references into the layer's leaves in this same transaction.
         """
-        count, at = len(pages), 0
+        count = len(pages)
+        rest = count % schema.OBJECT_PAGES
+        packed = count if rest >= schema.OBJECT_PAGES_MIN else count - rest
         refs = np.empty(count, np.uint64)
+        refs[:packed] = self._put_objects(layer_id, pages[:packed], Source(source.base, source.at[:packed]))
         object_id = self._counters.next_object
-        while count - at >= schema.OBJECT_PAGES_MIN:
-            size = min(schema.OBJECT_PAGES, count - at)
-            self._put_object(object_id, layer_id, pages[at : at + size], data[at : at + size])
-            first = schema.ref(schema.DATA, object_id)
-            refs[at : at + size] = np.arange(first, first + size * schema.SLOT_STEP, schema.SLOT_STEP)
-            object_id += 1
-            at += size
-        for index in range(at, count):
+        for index in range(packed, count):
             key = schema.KEY.pack(object_id)
-            page = data[index]
+            page = source.page(index)
             self._put(schema.PAGES, key, page[: schema.LONE_BYTES], append=True)
             self._put(schema.NAME, key, schema.lone_name(key, object_id, layer_id, pages[index], page), append=True)
             refs[index] = schema.ref(schema.LONE, object_id)
@@ -64,32 +62,34 @@ class ObjectChanges(Puts):
         self.count(next_object=object_id)
         return refs
 
-    def store_mixed(self, places: Sequence[tuple[int, int]], data: Sequence[Buffer]) -> Refs:
+    def store_mixed(self, places: Sequence[tuple[int, int]], source: Source) -> Refs:
         """Pack pages of any layers, by (layer, page), into whole objects; the last one may have free slots."""
-        refs = np.empty(len(places), np.uint64)
+        return self._put_objects([layer for layer, _ in places], [page for _, page in places], source)
+
+    def _put_objects(self, layers: int | Sequence[int], pages: Sequence[int], source: Source) -> Refs:
+        """Store pages of one layer, or with a layer for each, 31 to an object; their references."""
+        refs = np.empty(len(pages), np.uint64)
         object_id = self._counters.next_object
-        for at in range(0, len(places), schema.OBJECT_PAGES):
-            some = places[at : at + schema.OBJECT_PAGES]
-            layers, pages = [layer for layer, _ in some], [page for _, page in some]
-            self._put_object(object_id, layers, pages, data[at : at + schema.OBJECT_PAGES])
-            first = schema.ref(schema.DATA, object_id)
-            refs[at : at + len(some)] = np.arange(first, first + len(some) * schema.SLOT_STEP, schema.SLOT_STEP)
-            object_id += 1
+        step = OBJECTS_AT_ONCE * schema.OBJECT_PAGES
+        values = bytearray(min(OBJECTS_AT_ONCE, -(-len(pages) // schema.OBJECT_PAGES)) * schema.OBJECT_BYTES)
+        with memoryview(values) as built:
+            for batch in range(0, len(pages), step):
+                build_objects(values, object_id, Source(source.base, source.at[batch : batch + step]))
+                for at in range(batch, min(batch + step, len(pages)), schema.OBJECT_PAGES):
+                    some = slice(at, at + schema.OBJECT_PAGES)
+                    numbers = pages[some]
+                    key = schema.KEY.pack(object_id)
+                    start = (at - batch) // schema.OBJECT_PAGES * schema.OBJECT_BYTES
+                    self._put(schema.OBJECT, key, built[start : start + schema.OBJECT_BYTES], append=True)
+                    name = schema.object_name(key, layers if isinstance(layers, int) else layers[some], numbers)
+                    self._put(schema.NAME, key, name, append=True)
+                    self._new_objects[object_id] = (1 << len(numbers)) - 1
+                    first = schema.ref(schema.DATA, object_id)
+                    refs[some] = np.arange(first, first + len(numbers) * schema.SLOT_STEP, schema.SLOT_STEP)
+                    object_id += 1
         assert object_id <= schema.OBJECT_ID_MAX
         self.count(next_object=object_id)
         return refs
-
-    def _put_object(
-        self, object_id: int, layer_id: int | Sequence[int], pages: Sequence[int], data: Sequence[Buffer]
-    ) -> None:
-        key = schema.KEY.pack(object_id)
-        sums = schema.page_sums(data, object_id)
-        parts = [schema.object_header(object_id, sums), *data]
-        if len(data) < schema.OBJECT_PAGES:
-            parts.append(bytes((schema.OBJECT_PAGES - len(data)) << 12))
-        self._put(schema.OBJECT, key, b"".join(parts), append=True)
-        self._put(schema.NAME, key, schema.object_name(key, layer_id, pages), append=True)
-        self._new_objects[object_id] = (1 << len(data)) - 1
 
     def rehome(self, layer_id: int, pages: Sequence[int], refs: Refs) -> None:
         """Objects and lone pages are from now on those of a layer's entries; other kinds are ignored."""

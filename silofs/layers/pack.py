@@ -18,6 +18,7 @@ from silofs.errors import Busy, Damaged, ObjectMissing
 from silofs.layers import containers, leaves, schema
 from silofs.layers.containers import BLOCK_PAGES, Block
 from silofs.layers.incoming import IncomingChanges
+from silofs.layers.native import Source
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import Buffer, Refs
 from silofs.layers.uses import piece_refs
@@ -151,7 +152,7 @@ class PackChanges(IncomingChanges):
                     pages.append(laid.first + at)
                     data.append(plain[index << PAGE_SHIFT : (index + 1) << PAGE_SHIFT])
                     places.append((number, at))
-        for (number, at), ref in zip(places, self.store_pages(layer_id, pages, data).tolist(), strict=True):
+        for (number, at), ref in zip(places, self.store_pages(layer_id, pages, Source.of(data)).tolist(), strict=True):
             refs[number][at] = ref
         return len(pages)
 

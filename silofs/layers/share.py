@@ -18,6 +18,7 @@ from silofs.layers import containers, schema
 from silofs.layers.changes import Numbers
 from silofs.layers.containers import BLOCK_PAGES, BLOCK_SHIFT, Block
 from silofs.layers.heads import HeadWriter
+from silofs.layers.native import Source
 from silofs.layers.rewrite import Move, rewrite
 from silofs.layers.schema import Refs
 from silofs.layers.transaction import WriteTxn
@@ -48,7 +49,7 @@ def share(txn: WriteTxn, source: int, first: int, uuid: bytes, to: int, count: i
     left = [index for index, ref in zip(single.tolist(), refs[single].tolist(), strict=True) if not ref]
     if left:
         kept = dict(zip(single.tolist(), data, strict=True))
-        refs[left] = txn.store_pages(volume.head, numbers[left].tolist(), [kept[index] for index in left])
+        refs[left] = txn.store_pages(volume.head, numbers[left].tolist(), Source.of([kept[index] for index in left]))
     writer = HeadWriter(txn, volume)
     writer.refer(numbers, np.where(refs == schema.HOLE, np.uint64(schema.ZERO), refs))
     writer.finish(mtime_ns=time.time_ns())

@@ -20,6 +20,7 @@ from silofs.layers import catalog, schema
 from silofs.layers.catalog import Layer, Ownership, Role, Snapshot, Value, Volume
 from silofs.layers.changes import pages_of
 from silofs.layers.heads import ROWS, HeadWriter
+from silofs.layers.native import Source
 from silofs.layers.voids import VoidChanges
 from silofs.limits import CHAIN_DEPTH_MAX, IMAGE_SUFFIX, NAME, RETAIN_S, SIZE_MAX
 
@@ -187,9 +188,9 @@ class VolumeChanges(VoidChanges):
         try:
             data = bytes(self.page(reference)[:kept])
         except Damaged:
-            writer.write(np.array([page]), [None], np.zeros(1, bool))
+            writer.lose(np.array([page]))
             return
-        writer.write(np.array([page]), [data.ljust(PAGE, b"\0")], np.array([not data.strip(b"\0")]))
+        writer.write(np.array([page]), Source.of([data.ljust(PAGE, b"\0")]), np.array([not data.strip(b"\0")]))
 
     def _count_beyond(self, layer_id: int, end_page: int) -> int:
         """Data pages from `end_page` on, resolved: work for every leaf that the chain has there."""

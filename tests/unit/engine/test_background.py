@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from silofs.engine.background import Background
+from silofs.layers.native import Source
 from silofs.layers.rewrite import Budget, Policy, rewrite
 from tests.unit.engine.rig import Rig, page, read, write
 
@@ -33,7 +34,7 @@ class Moving(Policy):
         if own is None or not own[0]:
             return False
         old = int(own[0])
-        new = txn.store_pages(self.head, [0], [bytes(txn.page(old))])
+        new = txn.store_pages(self.head, [0], Source.of([bytes(txn.page(old))]))
         assert rewrite(txn, [(self.head, 0, old, int(new[0]))]) == 1
         return True
 

@@ -15,6 +15,7 @@ from silofs.layers import join, rewrite
 from silofs.layers.changes import Changes
 from silofs.layers.clean import Clean
 from silofs.layers.merge import MergeLayers
+from silofs.layers.native import Source
 from silofs.layers.policies import drain
 from silofs.layers.rewrite import Reap
 from silofs.layers.transaction import WriteTxn
@@ -92,7 +93,7 @@ def play(rig: Rig) -> None:
     def stale(txn: Any) -> int:
         """What a policy does that prepared its pages from an older state."""
         head = txn.volume(vm).head
-        refs = txn.store_pages(head, [1], [b"old!" * (PAGE // 4)])
+        refs = txn.store_pages(head, [1], Source.of([b"old!" * (PAGE // 4)]))
         return rewrite.rewrite(txn, [(head, 1, 0x1232, int(refs[0]))])
 
     rig.put(vm, [1], seed=5)

@@ -9,6 +9,7 @@ import pytest
 from silofs import failpoints
 from silofs.blocks import LEAF_PAGES
 from silofs.layers import schema
+from silofs.layers.native import Source
 from silofs.layers.policies import drain
 from silofs.layers.rewrite import Budget, Policy, Reap, rewrite
 from tests.storerig import Rig, page_bytes
@@ -19,7 +20,7 @@ PAGES = [0, 1, 2, LEAF_PAGES, 5 * LEAF_PAGES + 7]
 def move_all(txn: Any, head: int, pages: list[int], *, expect: int = 0) -> int:
     """Store pages of a layer again, and exchange their entries; `expect` is added to what is expected there."""
     old = [int(txn.own_leaf(head, page // LEAF_PAGES)[page % LEAF_PAGES]) for page in pages]
-    new = txn.store_pages(head, pages, [bytes(txn.page(ref)) for ref in old])
+    new = txn.store_pages(head, pages, Source.of([bytes(txn.page(ref)) for ref in old]))
     return rewrite(
         txn, [(head, page, was + expect, now) for page, was, now in zip(pages, old, new.tolist(), strict=True)]
     )
