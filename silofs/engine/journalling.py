@@ -122,9 +122,14 @@ class Journalling:
         before, self.recorded = self.recorded.journal, entry
         if entry.journal != before or entry.mark.lsn > self._end.lsn:
             self._end = entry.mark
-        self.durable_lsn = max(self.durable_lsn, entry.mark.lsn)
+        self._is_durable(entry.mark.lsn)
         if before != entry.journal:
             self._changed.set()
+
+    def _is_durable(self, lsn: int) -> None:
+        """Records below are in a commit that has landed, or in the journal: those that follow bear witness to it."""
+        if lsn > self.durable_lsn:
+            self.durable_lsn = self._log.synced = lsn
 
     # Syncing
 
@@ -178,7 +183,7 @@ class Journalling:
         elif end.lsn > self._end.lsn:  # a commit may have landed meanwhile, and be ahead
             self.written += span(self._end, end, self._log.size)
             self._end = end
-            self.durable_lsn = max(self.durable_lsn, end.lsn)
+            self._is_durable(end.lsn)
         landing.set()
 
     def close(self) -> None:

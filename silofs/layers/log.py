@@ -47,6 +47,7 @@ class WriteLog:
         "locks",
         "memory",
         "ring",
+        "synced",
     )
 
     def __init__(self, memory: Memfd) -> None:
@@ -60,6 +61,7 @@ class WriteLog:
         self._lap, self._pos, self._next_lsn = self._tail
         self.appended = 0
         self._room = memoryview(bytearray(16)).cast("Q")
+        self.synced = 0  # records below are durable, as far as whoever syncs has said; each new record says so
         for _ in self.replay():  # finds the head: the place after the last whole record
             pass
 
@@ -160,7 +162,9 @@ class WriteLog:
         ring = self.ring
         if not placed:
             ring[body : body + count] = payload
-        ring[position:body] = header(self._secret, kind, self._lap, lsn, prev_lsn, uuid, epoch, offset, length, payload)
+        ring[position:body] = header(
+            self._secret, kind, self._lap, lsn, prev_lsn, uuid, epoch, offset, length, payload, self.synced
+        )
         self._next_lsn = lsn + 1
         self._pos = end = (body + count + ALIGN - 1) & -ALIGN
         self._room[0] = end + HEADER
@@ -184,7 +188,7 @@ class WriteLog:
 
     def _wrap(self) -> None:
         if self._pos + HEADER <= self._size:
-            wrap = header(self._secret, WRAP, self._lap, self._next_lsn, 0, bytes(16), 0, 0, 0, b"")
+            wrap = header(self._secret, WRAP, self._lap, self._next_lsn, 0, bytes(16), 0, 0, 0, b"", self.synced)
             self.ring[self._pos : self._pos + HEADER] = wrap
         self._lap += 1
         self._pos = 0

@@ -10,6 +10,8 @@ where it does not fit, a WRAP record (or less than a header's room) ends the lap
 What keeps a leftover from being replayed: each record carries its lap and a store-wide sequence number (LSN) without
 gaps, and the walk accepts exactly the next one. The checksums are seeded with a secret drawn when the log was made, so
 that bytes which a guest wrote cannot pass for a record when they lie where the next header is expected.
+
+Each record carries `synced`, the LSN below which all was durable when it was appended.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _KINDS: Final = (WRITE, ZERO, WRAP, EXTEND)
 HEADER: Final = 128
 ALIGN: Final = 64
 
-_RECORD = Struct("<IHHQQQ16sQQQQ40x")  # magic, version, kind, lap, lsn, prev, uuid, epoch, offset, length, payload sum
+# magic, version, kind, lap, lsn, prev, uuid, epoch, offset, length, payload sum, synced (0 in records of early daemons)
+_RECORD = Struct("<IHHQQQ16sQQQQQ32x")
 _SUM = Struct("<Q")
 assert _RECORD.size + _SUM.size == HEADER
 
@@ -63,6 +66,21 @@ class Record(NamedTuple):
     position: int
 
 
+class Header(NamedTuple):
+    """A sound header, wherever it was found: of a record that belongs there, or a leftover."""
+
+    version: int
+    lap: int
+    synced: int
+    payload_sum: int
+    record: Record
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(lap, position): places of a ring in the order in which they are written."""
+        return self.lap, self.record.position - HEADER
+
+
 def header(
     secret: int,
     kind: int,
@@ -74,6 +92,7 @@ def header(
     offset: int,
     length: int,
     payload: Buffer,
+    synced: int,
 ) -> bytes:
     """The 128 bytes that stand before a payload."""
     fields = _RECORD.pack(
@@ -88,6 +107,7 @@ def header(
         offset,
         length,
         checksum(payload, secret),
+        synced,
     )
     return fields + _SUM.pack(checksum(fields, secret))
 
@@ -119,19 +139,31 @@ def walk(ring: memoryview, secret: int, start: Mark) -> Iterator[tuple[Record, M
 
 
 def _record_at(ring: memoryview, secret: int, lap: int, position: int, lsn: int) -> Record | None:
+    found = header_at(ring, secret, position)
+    if found is None or found.lap != lap or found.record.lsn != lsn or not payload_is_sound(ring, secret, found):
+        return None
+    return found.record
+
+
+def header_at(ring: memoryview, secret: int, position: int) -> Header | None:
+    """The header there, if there is one of this log, and it is sound."""
     fields = bytes(ring[position : position + _RECORD.size])
-    magic, version, kind, its_lap, its_lsn, prev, uuid, epoch, offset, length, payload_sum = _RECORD.unpack(fields)
-    if magic != RECORD_MAGIC or its_lap != lap or its_lsn != lsn:
+    magic, version, kind, lap, lsn, prev, uuid, epoch, offset, length, payload_sum, synced = _RECORD.unpack(fields)
+    if magic != RECORD_MAGIC:
         return None
     (expected,) = _SUM.unpack_from(ring, position + _RECORD.size)
     if checksum(fields, secret) != expected:
         return None
-    if version != RECORD_VERSION or kind not in _KINDS:
-        raise BadFormat(f"the write log has a record of an unknown version or kind ({version}, {kind})")
-    body = position + HEADER
-    payload = 0 if kind == ZERO else length
+    record = Record(kind, lsn, prev, uuid, epoch, offset, length, position + HEADER)
+    return Header(version, lap, synced, payload_sum, record)
+
+
+def payload_is_sound(ring: memoryview, secret: int, found: Header) -> bool:
+    """Whether the rest of the record is there. BadFormat when it is one that this silofs does not know."""
+    record = found.record
+    if found.version != RECORD_VERSION or record.kind not in _KINDS:
+        raise BadFormat(f"the write log has a record of an unknown version or kind ({found.version}, {record.kind})")
+    body, payload = record.position, 0 if record.kind == ZERO else record.length
     if payload > LOG_RECORD_MAX or body + payload > len(ring):
         raise BadFormat("a record of the write log is longer than any that is written")
-    if checksum(ring[body : body + payload], secret) != payload_sum:
-        return None
-    return Record(kind, its_lsn, prev, uuid, epoch, offset, length, body)
+    return checksum(ring[body : body + payload], secret) == found.payload_sum

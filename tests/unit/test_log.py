@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from struct import Struct
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from silofs.layers import memfd as layout
 from silofs.layers.locks import WRITE as FOR_WRITING
 from silofs.layers.log import WriteLog
 from silofs.layers.memfd import SLOT, Memfd
-from silofs.layers.records import HEADER, WRITE, ZERO, Record
+from silofs.layers.records import HEADER, WRITE, ZERO, Record, header_at
 
 STORE = b"S" * 16
 VOLUME = b"V" * 16
@@ -55,6 +56,21 @@ def test_replay_gives_what_was_appended() -> None:
         assert second[:7] == (ZERO, 2, 1, VOLUME, 3, 1 << 40, 1 << 45)
         assert again.next_lsn == 3
         assert again.mark() == log.mark()
+
+
+def test_records_of_daemons_that_knew_no_synced_are_the_same_records() -> None:
+    """Eight of what were forty unused bytes: zero from them, and of no interest to them."""
+    early = Struct("<IHHQQQ16sQQQQ40x")
+    with memfd() as fd:
+        log = WriteLog.open(fd, STORE)
+        append(log, b"one")
+        assert bytes(log.ring[:120]) == early.pack(*early.unpack(log.ring[:120]))
+        log.synced = 2
+        position = append(log, b"two")[1] - HEADER
+        found = header_at(log.ring, log.memory.superblock.secret, position)
+        assert found is not None and found.synced == 2
+        assert early.unpack(log.ring[position : position + 120])[4:6] == (2, 1)
+        assert contents(WriteLog.open(fd, STORE)) == [(1, b"one"), (2, b"two")]
 
 
 def test_an_unknown_version_is_refused_and_not_touched() -> None:

@@ -379,6 +379,23 @@ async def test_an_unreadable_journal_is_no_hindrance_to_a_daemon_that_has_the_lo
         await settled(rig)
 
 
+async def test_records_say_what_was_durable_before_them(rig: Rig, autojump_clock: MockClock) -> None:
+    """By a commit or by the journal; and of what is only written, nothing."""
+    async with rig.running() as engine:
+        log, journalling, volume = engine.log, engine.commits.journal, await rig.volume()
+        await settled(rig)
+        await write(engine, volume, 0, page(1))
+        await engine.commit_all()
+        assert log.synced == log.next_lsn == journalling.durable_lsn
+        await write(engine, volume, PAGE, page(2))
+        await write(engine, volume, 2 * PAGE, page(3))
+        assert log.synced == log.next_lsn - 2
+        await engine.flush(volume)
+        assert log.synced == log.next_lsn == journalling.durable_lsn
+    async with rig.running() as engine:
+        assert engine.log.synced == engine.log.next_lsn == engine.commits.journal.durable_lsn
+
+
 async def test_commits_go_on_by_age(rig: Rig, autojump_clock: MockClock) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
