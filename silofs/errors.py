@@ -210,7 +210,10 @@ class BadFormat(StoreError):
 
 
 class Damaged(StoreError):
-    """A checksum, count or presence record does not agree with what is stored. The message names the place."""
+    """A checksum, count or presence record does not agree with what is stored, or the journal has lost what was synced.
+
+    The message names the place.
+    """
 
     code = "damaged"
     exit_code = Exit.DAMAGE

@@ -67,7 +67,7 @@ def repair(path: Path, agree: Callable[[Fields], None]) -> Fields:
                 "snapshots": found.snapshots,
             }
             agree(fields)
-            kept = build.put_in_place(path)
+            kept = build.put_in_place(path, found.journal)
         except BaseException:
             build.drop(path)
             raise
@@ -78,7 +78,10 @@ def repair(path: Path, agree: Callable[[Fields], None]) -> Fields:
 
 
 def _replay(path: Path, lock_fd: int) -> None:
-    """Bring what the journal has into the store, if it can be opened; in a child, since damage may end it."""
+    """Bring what the journal has into the store, if it can be opened; in a child, since damage may end it.
+
+    Else the repaired store gets what can be read of it.
+    """
     child = os.fork()
     if not child:
         try:

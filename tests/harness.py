@@ -82,9 +82,12 @@ class Mount:
         os.kill(pid, number)
         return pid
 
-    def kill_host(self) -> None:
-        """What a power cut leaves of the processes: nothing. The mount is gone, what was not committed is lost."""
-        status = self.status()
+    def kill_host(self, known: Mapping[str, Any] | None = None) -> None:
+        """What a power cut leaves of the processes: nothing. The mount is gone, what was not committed is lost.
+
+        `known`: a status from before, where there is no time to ask.
+        """
+        status = known or self.status()
         for role in ("holder_pid", "daemon_pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(status[role]), signal.SIGKILL)

@@ -26,8 +26,9 @@ from xxhash import xxh3_64_intdigest as checksum
 
 from silofs import failpoints
 from silofs.errors import BadFormat, StoreError
+from silofs.layers.ending import Ending, look_behind
 from silofs.layers.filesystem import sync_directory
-from silofs.layers.records import HEADER, WRAP, Mark, Record, walk
+from silofs.layers.records import WRAP, Mark, Record, walk
 from silofs.limits import MIB
 
 DIRECTORY: Final = "journal"
@@ -157,18 +158,16 @@ class Replay:
         path = directory / f"{journal_id:016x}"
         if not path.exists():
             path = path.with_name(path.name + RETIRED)
+        self.path = path
         hint = f"restore it from a copy; or remove {path} to go on without what was synced since the last commit"
         try:
             size, its_id, self._secret, its_store = _superblock(path)
             if (its_id, its_store) != (journal_id, store) or mark.position > size:
                 raise BadFormat(f"{path} belongs to another store")
-            self._mark = mark
+            self._mark = self._end = mark
             self.ring = memoryview(bytearray(size))
             with path.open("rb", buffering=0) as file:
-                # A header first: mostly nothing was journalled since the last commit.
-                self._read(file.fileno(), mark.position, min(size, mark.position + HEADER))
-                if mark.position + HEADER > size or bytes(self.ring[mark.position : mark.position + 4]) != bytes(4):
-                    self._read(file.fileno(), 0, size)
+                self._read(file.fileno())
         except FileNotFoundError:
             raise
         except BadFormat as error:
@@ -176,15 +175,22 @@ class Replay:
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
 
-    def _read(self, fd: int, start: int, end: int) -> None:
-        for at in range(start, end, MIB):
-            piece = self.ring[at : min(at + MIB, end)]
+    def _read(self, fd: int) -> None:
+        for at in range(0, len(self.ring), MIB):
+            piece = self.ring[at : at + MIB]
             if os.preadv(fd, [piece], BLOCK + at) != len(piece):
                 raise OSError(errno.EIO, "it is cut short")
 
     def records(self) -> Iterator[Record]:
         """In order, up to the first place that does not hold the next one."""
-        return (record for record, _ in walk(self.ring, self._secret, self._mark) if record.kind != WRAP)
+        for record, after in walk(self.ring, self._secret, self._mark):
+            self._end = after
+            if record.kind != WRAP:
+                yield record
+
+    def ending(self) -> Ending:
+        """What is behind the last one, once `records` has come to it."""
+        return look_behind(self.ring, self._secret, self._end)
 
 
 def _superblock(path: Path) -> tuple[int, int, int, bytes]:

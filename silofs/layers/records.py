@@ -11,7 +11,8 @@ What keeps a leftover from being replayed: each record carries its lap and a sto
 gaps, and the walk accepts exactly the next one. The checksums are seeded with a secret drawn when the log was made, so
 that bytes which a guest wrote cannot pass for a record when they lie where the next header is expected.
 
-Each record carries `synced`, the LSN below which all was durable when it was appended.
+What tells a torn end from a damaged one: each record carries `synced`, the LSN below which all was durable when it was
+appended (silofs/layers/ending.py).
 """
 
 from __future__ import annotations

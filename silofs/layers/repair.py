@@ -31,8 +31,10 @@ from silofs.layers.changes import pages_of
 from silofs.layers.environment import DATA_FILE
 from silofs.layers.filesystem import sync_directory
 from silofs.layers.format import Format
+from silofs.layers.journal import DIRECTORY as JOURNAL_DIRECTORY
 from silofs.layers.reader import ReadTxn
 from silofs.layers.repair_catalog import CatalogRepair, Loss
+from silofs.layers.replay import salvage_journal
 from silofs.layers.salvage import Salvage
 from silofs.layers.schema import CHUNK_BYTES, CHUNK_LEAVES, CHUNK_SHIFT, SUM_LEAVES, SUM_SHIFT, Refs, Table
 from silofs.layers.store import DATA_DIRECTORY, Store
@@ -59,6 +61,7 @@ class Repaired:
     rebuilt: list[str]  # tables of which records were damaged, with how many
     volumes: int
     snapshots: int
+    journal: Path | None  # that the damaged store names, and the repaired one does not need any more
 
 
 class Repair(CatalogRepair):
@@ -87,12 +90,16 @@ class Repair(CatalogRepair):
                 for layer in sorted(self._layers.values(), key=lambda layer: layer.depth):
                     self._map(layer)
                 self._finish()
+            with Store.open(self._new, replay=False) as store:
+                self._store = store
+                journal, given_up = salvage_journal(store, self._path / JOURNAL_DIRECTORY)
+                self._losses += [Loss("journal", each.volume, str(each)) for each in given_up]
                 self._name_losses()
         finally:
             self._old.close()
         failpoints.hit("repair.built")
         rebuilt = [f"{count} records of table {name}" for name, count in sorted(self._old.damaged.items())]
-        return Repaired(self._losses, rebuilt, len(self._volumes), len(self._snapshots))
+        return Repaired(self._losses, rebuilt, len(self._volumes), len(self._snapshots), journal)
 
     # Pages
 
@@ -318,8 +325,8 @@ def drop(path: Path) -> None:
     shutil.rmtree(path / REPAIR_DIRECTORY, ignore_errors=True)
 
 
-def put_in_place(path: Path) -> Path:
-    """Let the repaired store take the damaged one's place, in one step; where the damaged one is now.
+def put_in_place(path: Path, journal: Path | None = None) -> Path:
+    """Let the repaired store take the damaged one's place, in one step; where the damaged one is now, with its journal.
 
     Nothing of a damaged store is removed here, whatever ends this and whenever: not that of an earlier repair either.
     """
@@ -334,6 +341,9 @@ def put_in_place(path: Path) -> Path:
         raise StoreError(f"the repaired store cannot take its place: {os.strerror(error)}")
     sync_directory(path)
     failpoints.hit("repair.exchanged")
+    if journal is not None:
+        journal.rename(kept / journal.name)
+        sync_directory(kept)
     (path / "quarantine.json").unlink(missing_ok=True)
     shutil.rmtree(path / REPAIR_DIRECTORY)
     sync_directory(path)

@@ -31,7 +31,7 @@ _PAGED: Final = (schema.OBJECT, schema.PAGES, schema.NAME, schema.CONTAINER)
 class Loss:
     """Something that is given up. `ranges`: bytes [first, end) that read as errors."""
 
-    what: str  # volume, snapshot or other
+    what: str  # volume, snapshot, name, journal or other
     name: str
     message: str
     ranges: list[tuple[int, int]] = field(default_factory=list)

@@ -110,7 +110,8 @@ class Store:
         network file system). Nothing is made here, but a store of an older version becomes one of this version.
         Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
         StoreBroken when the medium cannot give a page without which nothing can be done.
-        The journal is replayed first; `replay=False` only for who has the write log itself, and replays that.
+        The journal is replayed first (BadFormat, StoreError or Damaged when that cannot be; nothing is changed);
+        `replay=False` only for who has the write log itself, and replays that, or brings back what can be read.
         `notes`: where to say what is looked at, for a successor.
         """
         mark, data = path / LOCK_FILE, path / DATA_DIRECTORY

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from silofs.layers.journal import BLOCK, DIRECTORY, Replay
+from silofs.layers.store import Store
 from tests.faults.inject import injected
 from tests.harness import Mount
 
@@ -130,3 +134,62 @@ def test_a_flipped_bit_costs_one_page_and_is_told(tmp_path: Path) -> None:
             os.pwrite(image.fileno(), block(3)[:PAGE], 3 * MIB)
             assert os.pread(image.fileno(), MIB, 3 * MIB) == block(3)
         assert "Traceback" not in mount.log()
+
+
+def synced_one_by_one(mount: Mount) -> list[int]:
+    """Pages of vm1, each synced before the next is written, then the power goes; where the journal has their bytes."""
+    mount.silofs("create", "vm1", "--size", "1M")
+    for _ in range(5):
+        known = mount.status()
+        with mount.image("vm1").open("r+b", buffering=0) as image:
+            os.fsync(image.fileno())
+            for number in range(10):
+                os.pwrite(image.fileno(), block(number)[:PAGE], number * PAGE)
+                os.fsync(image.fileno())
+        mount.kill_host(known)
+        with Store.open(mount.store, replay=False) as store, store.reader() as txn:
+            state, uuid = txn.state, store.uuid
+        if state.journal:
+            records = list(Replay(mount.store / DIRECTORY, state.journal, uuid, state.mark).records())
+            if len(records) >= 6:
+                return [BLOCK + record.position for record in records]
+        mount.start()  # there was no journal yet, or a commit came in between
+    raise AssertionError("fsyncs do not go to the journal")
+
+
+def test_a_flipped_byte_in_the_journal_is_told_and_costs_what_is_said(tmp_path: Path) -> None:
+    """What a power cut leaves, with damage and without, through the command."""
+    with Mount(tmp_path / "host") as mount:
+        places = synced_one_by_one(mount)
+        sound = Mount(tmp_path / "sound")
+        shutil.copytree(mount.store, sound.store, ignore=shutil.ignore_patterns("*.sock"))
+        (journal,) = (mount.store / DIRECTORY).iterdir()
+        with journal.open("r+b") as file:
+            (byte,) = os.pread(file.fileno(), 1, places[-3] + 1000)
+            os.pwrite(file.fileno(), bytes([byte ^ 4]), places[-3] + 1000)
+        for verb in (["check"], ["ls"], ["mount", str(mount.mountpoint)]):
+            refused = mount.run(*verb)
+            what, hint = refused.stderr.splitlines()
+            assert refused.returncode == 4, verb
+            assert f"the journal {journal} is damaged" in what and what.endswith("cannot be read, of 'vm1'")
+            assert "silofs check --repair" in hint
+        asked = mount.run("check", "--repair")
+        assert asked.returncode == 11 and "its later writes" in asked.stderr
+        done = mount.run("check", "--repair", "--yes", "--json")
+        assert done.returncode == 3
+        (loss,) = json.loads(done.stdout.splitlines()[-1])["losses"]
+        assert (loss["what"], loss["name"], loss["ranges"]) == ("journal", "vm1", [])
+        assert mount.silofs_json("check", "--read-data")["damaged"] == 0
+        assert [volume["name"] for volume in mount.silofs_json("ls")["volumes"]] == ["vm1"]
+        assert (mount.store / "data.damaged" / journal.name).exists() and not journal.exists()
+        mount.start()
+        with mount.image("vm1").open("r+b", buffering=0) as image:
+            for number in range(7):
+                assert os.pread(image.fileno(), PAGE, number * PAGE) == block(number)[:PAGE]
+            assert os.pread(image.fileno(), 3 * PAGE, 7 * PAGE) == bytes(3 * PAGE)
+            os.pwrite(image.fileno(), block(7)[:PAGE], 7 * PAGE)
+            os.fsync(image.fileno())
+    # The negative control: the same store without the flipped byte.
+    assert sound.run("check", "--read-data").returncode == 0
+    sound.silofs("export", "vm1", str(tmp_path / "image"))
+    assert (tmp_path / "image").read_bytes()[: 10 * PAGE] == b"".join(block(number)[:PAGE] for number in range(10))

@@ -15,9 +15,10 @@ from trio.testing import MockClock
 from silofs.blocks import PAGE
 from silofs.engine import VolumeState, commits
 from silofs.engine.journalling import NONE
+from silofs.errors import Damaged
 from silofs.layers import journal as journal_module
 from silofs.layers.catalog import Ownership, Role
-from silofs.layers.journal import Journal
+from silofs.layers.journal import BLOCK, Journal
 from silofs.layers.records import WRITE
 from silofs.layers.store import Store
 from silofs.limits import JOURNAL_BYTES, JOURNAL_RETRY_S
@@ -394,6 +395,26 @@ async def test_records_say_what_was_durable_before_them(rig: Rig, autojump_clock
         assert log.synced == log.next_lsn == journalling.durable_lsn
     async with rig.running() as engine:
         assert engine.log.synced == engine.log.next_lsn == engine.commits.journal.durable_lsn
+
+
+async def test_a_spoilt_record_that_was_synced_keeps_a_store_closed(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await settled(rig)
+        first = engine.log.mark().position
+        for number in range(3):
+            await engine.write(volume, number * PAGE, page(number + 1), sync=True)
+    rig.cut_power()
+    (path,) = (rig.path / "journal").iterdir()
+    content = bytearray(path.read_bytes())
+    content[BLOCK + first + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Damaged, match="'vm'"):
+        rig.start()
+    content[BLOCK + first + 2000] ^= 1
+    path.write_bytes(content)
+    async with rig.running() as engine:
+        assert await read(engine, engine.open_volume(volume.uuid), 0, 3 * PAGE) == page(1) + page(2) + page(3)
 
 
 async def test_commits_go_on_by_age(rig: Rig, autojump_clock: MockClock) -> None:
