@@ -169,7 +169,10 @@ class Daemon:
             return None
         notes = Notes(memory.notes)
         if killed == signal.SIGBUS:
-            self._learnt = Store.learn(path, notes)
+            places = Store.learn(path, notes)
+            self._learnt = len(places)
+            for place in places:
+                log.error("%s: it is left alone from now on", place)
         return notes
 
     # Serving

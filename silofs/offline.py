@@ -1,21 +1,29 @@
-"""The verbs on a store that nobody serves: this process opens it, under its lock, for as long as the verb takes.
+"""The verbs on a store that nobody serves: it is opened, under its lock, for as long as the verb takes.
 
-Nobody writes meanwhile, so a volume's head can be read as it is.
+Nobody writes meanwhile, so a volume's head can be read as it is. A command has a child do it (apart.py), since what the
+disk cannot give ends the process that looks at it; what that was goes into quarantine, as when a daemon dies of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from silofs import diffs, images, packing, raw_out, states, stream_fill, stream_in, stream_out, verbs
-from silofs.errors import BadFormat, NoDaemon, NoStore, UserError
+from silofs import apart, diffs, images, packing, raw_out, states, stream_fill, stream_in, stream_out, verbs
+from silofs.errors import BadFormat, Damaged, NoDaemon, NoStore, SiloError, StoreError, UserError
 from silofs.facts import Fields, View
+from silofs.layers.environment import DATA_FILE
+from silofs.layers.memfd import SLOT
+from silofs.layers.notes import Notes
 from silofs.layers.policies import drain
+from silofs.layers.quarantine import Quarantine
 from silofs.layers.rewrite import Reap
-from silofs.layers.store import LOCK_FILE, Store, take_lock
+from silofs.layers.store import DATA_DIRECTORY, LOCK_FILE, Store, take_lock
+from silofs.limits import NOTES_MAX
 from silofs.sink import Source
 from silofs.stream import Decoder
 
@@ -89,6 +97,47 @@ def _replay(path: Path, lock_fd: int) -> None:
         finally:
             os._exit(0)
     os.waitpid(child, 0)
+
+
+def call(
+    path: Path, verb: str, args: Fields, *, fds: Sequence[int] = (), progress: Progress | None = None
+) -> Fields:
+    """One verb on the store, in a child. Raises what `open_store` and `run` raise, and Damaged for what ends it."""
+    lock_fd = Store.lock(path)
+    try:
+        with mmap.mmap(-1, NOTES_MAX * SLOT) as area:
+
+            def work(say: Progress) -> Fields:
+                notes = Notes(memoryview(area))
+                with contextlib.closing(Store.open(path, lock_fd=lock_fd, notes=notes)) as store:
+                    return run(store, verb, args, fds=fds, progress=say)
+
+            try:
+                return apart.run(work, progress or _silent)
+            except apart.Killed as killed:
+                raise _why(path, area, killed) from None
+    finally:
+        os.close(lock_fd)
+
+
+def _why(path: Path, area: mmap.mmap, killed: apart.Killed) -> SiloError:
+    """What a child died of. While the store's lock is still held. Raises StoreBroken when nothing goes on."""
+    places: list[str] = []
+    if killed.number == signal.SIGBUS:
+        with memoryview(area) as view:
+            notes = Notes(view)
+            places = Store.learn(path, notes)
+            notes.release()
+    if places:
+        Quarantine.load(path, path / DATA_DIRECTORY / DATA_FILE).refuse_all()
+        more = f", and {len(places) - 1} more" if len(places) > 1 else ""
+        hint = "all else goes on: run the same command again; silofs check --read-data says what else is lost"
+        return Damaged(places[0] + more, hint=hint)
+    if killed.number in (signal.SIGBUS, signal.SIGABRT, signal.SIGSEGV):
+        hint = "silofs check --read-data says what is damaged; the system's log has the disk's errors"
+        return StoreError(f"the store in {path} cannot be read: what read it died ({killed})", hint=hint)
+    hint = "nothing is left half done: look with silofs ls, and run the same command again"
+    return SiloError(f"what worked on the store in {path} died ({killed})", hint=hint)
 
 
 def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progress: Progress | None = None) -> Fields:

@@ -1,4 +1,4 @@
-"""Where a verb runs: in the daemon of the store if there is one, else in this process on the store itself.
+"""Where a verb runs: in the daemon of the store if there is one, else in a child of this process on the store itself.
 
 While a holder lives without its daemon (it is being restarted, or it crashed) nobody opens the store: the command
 waits a moment and then ends with exit code 75 (docs/cli.md).
@@ -6,7 +6,6 @@ waits a moment and then ends with exit code 75 (docs/cli.md).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -37,8 +36,7 @@ def call(
     give_up = time.monotonic() + limits.HOLDER_WAIT_S
     while True:
         try:
-            opened = direct.open_store(store)
-            break
+            return direct.call(store, verb, args, fds=fds, progress=progress)
         except StoreLocked:
             # Another command that has the store open for a moment, or a daemon that has just come up.
             if time.monotonic() > give_up:
@@ -48,8 +46,6 @@ def call(
                 with sock:
                     return request(sock, verb, args, fds=fds, progress=progress)
             time.sleep(0.02)
-    with contextlib.closing(opened):
-        return direct.run(opened, verb, args, fds=fds, progress=progress)
 
 
 def daemon(store: Path, *, needed: bool) -> Connection | None:

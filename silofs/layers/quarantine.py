@@ -104,8 +104,11 @@ def describe(place: Unreadable) -> str:
     return f"page {place.page} of the data file, {what or f'of table {place.table}'}, cannot be read"
 
 
-def learn(store: Path, data_file: Path, notes: Notes) -> int:
-    """What a daemon died of, by its notes, goes into the quarantine; how many places were not known before."""
+def learn(store: Path, data_file: Path, notes: Notes) -> list[str]:
+    """What a process died of, by its notes, goes into the quarantine; the places that were not known before, a line
+
+    each.
+    """
     known = set(Quarantine.load(store, data_file))
     left = list(notes.left())
     notes.clear()
@@ -116,11 +119,9 @@ def learn(store: Path, data_file: Path, notes: Notes) -> int:
         with RawTree(data_file) as tree:
             if tree.state == state:
                 break  # else somebody has committed meanwhile, and what was walked may be pages of nothing
-    for place in new:
-        log.error("%s: it is left alone from now on", describe(place))
     if new:
         _save(store, [*known, *new][:QUARANTINE_MAX])
-    return len(new)
+    return [describe(place) for place in sorted(new, key=lambda place: place.page)]
 
 
 def _found(tree: RawTree, left: Iterable[Left], known: set[Unreadable]) -> set[Unreadable]:

@@ -11,6 +11,7 @@ The child's output is msgpack: ("step", done, total), ("finding", code, message,
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import signal
@@ -32,6 +33,8 @@ from silofs.layers.quarantine import learn
 from silofs.layers.reader import ReadTxn
 from silofs.layers.store import DATA_DIRECTORY
 from silofs.limits import NOTES_MAX
+
+log = logging.getLogger(__name__)
 
 LENGTH: Final = 4
 
@@ -58,14 +61,17 @@ def scrub(store: Path, *, read_data: bool = False, progress: Callable[[int, int]
         os.close(fd)
 
 
-def _learn(store: Path, area: mmap.mmap) -> int:
-    """What a child died of; how many places were not known before."""
+def _learn(store: Path, area: mmap.mmap) -> list[str]:
+    """What a child died of, as far as it was not known before."""
     with memoryview(area) as view:
         notes = Notes(view)
         try:
-            return learn(store, store / DATA_DIRECTORY / DATA_FILE, notes)
+            places = learn(store, store / DATA_DIRECTORY / DATA_FILE, notes)
         finally:
             notes.release()
+    for place in places:
+        log.error("%s: it is left alone from now on", place)
+    return places
 
 
 def _scrub(

@@ -114,14 +114,8 @@ class Store:
         `replay=False` only for who has the write log itself, and replays that, or brings back what can be read.
         `notes`: where to say what is looked at, for a successor.
         """
-        mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
-        if not mark.exists() and not data.exists():
-            raise NoStore(f"there is no store in {path}")
-        if not (data / DATA_FILE).exists():
-            if mark.exists() and not mark.stat().st_size and not data.exists():
-                raise NoStore(f"there is no store in {path}")
-            raise BadFormat(f"{data / DATA_FILE} is missing; the store around it is not", hint="restore it from a copy")
-        refuse_network(data)
+        data = path / DATA_DIRECTORY
+        _expect(path)
         own_fd = take_lock(path) if lock_fd is None else -1
         try:
             check_file(data / DATA_FILE)
@@ -147,6 +141,12 @@ class Store:
                 store.close()
                 raise
         return store
+
+    @staticmethod
+    def lock(path: Path) -> int:
+        """A descriptor that holds the store's lock, for `open`. NoStore, BadFormat, Unsupported, StoreLocked."""
+        _expect(path)
+        return take_lock(path)
 
     def _start_writer(self) -> None:
         self.usage.clear()
@@ -240,8 +240,9 @@ class Store:
         self._environment.notes = notes
 
     @staticmethod
-    def learn(path: Path, notes: Notes) -> int:
-        """Put into quarantine what a daemon died of, by its notes; how many places that is. Before `open`."""
+    def learn(path: Path, notes: Notes) -> list[str]:
+        """Put into quarantine what a process died of, by its notes; what was not known before, a line each. Before
+        `open`."""
         return learn(path, path / DATA_DIRECTORY / DATA_FILE, notes)
 
     def quarantined(self) -> list[str]:
@@ -353,6 +354,18 @@ def _make(path: Path, uuid: bytes) -> None:
         raise StoreError(f"the store in {path.parent} cannot be made: {error}", hint="is its disk full?") from error
     finally:
         environment.close()
+
+
+def _expect(path: Path) -> None:
+    """Raises NoStore, BadFormat or Unsupported where there is no store that could be opened."""
+    mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
+    if not mark.exists() and not data.exists():
+        raise NoStore(f"there is no store in {path}")
+    if not (data / DATA_FILE).exists():
+        if mark.exists() and not mark.stat().st_size and not data.exists():
+            raise NoStore(f"there is no store in {path}")
+        raise BadFormat(f"{data / DATA_FILE} is missing; the store around it is not", hint="restore it from a copy")
+    refuse_network(data)
 
 
 def take_lock(path: Path) -> int:

@@ -213,6 +213,41 @@ def test_a_check_finds_every_page_and_kills_no_daemon(disk: Disk) -> None:
     assert disk.status()["daemon_pid"] == daemon and disk.deaths() == 0
 
 
+def test_without_a_daemon_a_command_says_what_cannot_be_read(disk: Disk, tmp_path: Path) -> None:
+    page, out = disk.page_of(100), tmp_path / "out"
+    disk.stop()
+    disk.spoil(page)
+
+    def export(name: str) -> tuple[int, list[str]]:
+        done = disk.silofs("export", name, str(out), check=False)
+        return done.returncode, done.stderr.splitlines()
+
+    code, (what, hint) = export("vm1")
+    assert code == 4 and f"page {page} of the data file" in what and "table object" in what, what
+    assert "silofs check --read-data" in hint and not out.exists()
+    code, (what, _) = export("vm1")
+    assert code == 4 and "cannot be read" in what, "the place is known, and this one was not killed"
+    assert export("vm2")[0] == 0
+    assert out.read_bytes() == b"".join(block(1000 + number) for number in range(256))
+    assert [row["name"] for row in disk.ask("ls")["volumes"]] == ["vm1", "vm2"]
+    disk.start()
+    fails_with(errno.EIO, disk.read, "vm1", 100)
+    assert disk.deaths() == 0 and disk.read("vm2", 3) == block(1003)
+
+
+def test_without_a_daemon_and_the_list_of_free_pages_nothing_is_changed(disk: Disk) -> None:
+    disk.stop()
+    with RawTree(disk.data) as tree:
+        root, _ = tree._root(FREE)
+    disk.spoil(root)
+    for _ in range(2):
+        done = disk.silofs("create", "vm3", "--size", "1M", check=False)
+        assert done.returncode == 1 and "which every change needs" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 2
+    disk.bad.write_text("")
+    disk.silofs("create", "vm3", "--size", "1M")
+
+
 def drop_cache(path: Path) -> None:
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -123,9 +123,9 @@ def test_what_is_quarantined_is_refused_and_nothing_else(wide: Rig, spoil: Calla
     spoil(page)
     notes = Notes()
     notes.take().look_up(schema.OBJECT, victim)
-    assert learn(wide.path, data_file(wide), notes) == 1
+    assert len(learn(wide.path, data_file(wide), notes)) == 1
     notes.take().look_up(schema.OBJECT, victim)
-    assert learn(wide.path, data_file(wide), notes) == 0, "it is known"
+    assert not learn(wide.path, data_file(wide), notes), "it is known"
     wide.reopen()
     with wide.store.reader() as txn:
         with pytest.raises(Damaged, match=f"page {page} of the data file"):
@@ -168,7 +168,7 @@ def test_without_the_pages_that_all_needs_nothing_is_opened(wide: Rig, spoil: Ca
     spoil(root)
     notes = Notes()
     notes.writer.go_through(0)
-    assert learn(wide.path, data_file(wide), notes) >= 1
+    assert learn(wide.path, data_file(wide), notes)
     with pytest.raises(StoreBroken, match=f"page {root} of the data file"):
         wide.reopen()
     spoil()
@@ -180,7 +180,7 @@ def test_a_death_of_something_else_teaches_nothing(wide: Rig) -> None:
     for table in schema.TABLES:
         notes.take().look_up(table, b"\0" * 8)
     notes.writer.go_through(schema.LEAF.number)
-    assert learn(wide.path, data_file(wide), notes) == 0
+    assert not learn(wide.path, data_file(wide), notes)
     assert not list(notes.left()) and not (wide.path / FILE).exists()
 
 
