@@ -170,6 +170,11 @@ class IncomingChanges(VolumeChanges):
             self.change_layer(layer_id, pins=self.layer(layer_id).pins - 1)
             self.drop_if_free(layer_id)
 
+    def unpin_all(self, holder: str) -> None:
+        """Let go of everything that this holder has pinned."""
+        for pin in [pin for _, pin in self._scan_records(schema.PIN, Pin) if pin.holder == holder]:
+            self.unpin(pin.layer, holder)
+
     def put_value(self, table: str, key: str, data: bytes) -> None:
         """Keep a value for another part of silofs; tables as in `value`."""
         self.put_record(schema.VALUE_TABLES[table], key.encode(), Value(data))

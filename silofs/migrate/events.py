@@ -399,7 +399,7 @@ class CheckOffer(Action, frozen=True):
 
 
 class CheckPrepare(Action, frozen=True):
-    """Whether `pages` more would fit, and the states `named` are here."""
+    """Whether `pages` more would fit, and the states `named` are here: those stay until the migration is over."""
 
     token: int
     pages: int

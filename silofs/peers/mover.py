@@ -233,7 +233,7 @@ class Mover:
                     action.token,
                 )
             case ev.CheckPrepare():
-                self._answer(lambda: target_ops.check_prepare(engine, threads, action), ev.PrepareChecked, action.token)
+                self._answer(lambda: target_ops.check_prepare(engine, self.id, action), ev.PrepareChecked, action.token)
             case ev.FindMissing():
                 self._answer(lambda: target_ops.find_missing(threads, action), None, action.token)
             case ev.StartReturn():

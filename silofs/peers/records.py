@@ -4,7 +4,7 @@ The machines (silofs/migrate) speak of store ids and migrations as 16 bytes; the
 record is msgpack in the table `migration` under the migration's id in hex; what is only for the operator (when it
 began, how long a retired copy stays) is beside it in `host`.
 
-Layers that a migration has received are pinned under its id until it is over or their volume shows them; the final
+Layers that a migration has received, builds on or will name are pinned under its id until it is over; the final
 layer of a volume that was ceded is pinned for its new owner, who may still pull from it (docs/protocol.md, I9).
 """
 
@@ -205,9 +205,7 @@ def _drop(txn: WriteTxn, migration: bytes) -> None:
     if data is None:
         return
     record = msgspec.msgpack.decode(data, type=MigrationRecord)
-    _unpin(txn, (segment.uuid for segment in record.segments), migration.hex())
-    if record.side is Side.TARGET:
-        _unpin(txn, (base.base for base in record.bases), migration.hex())
+    txn.unpin_all(migration.hex())
     _unpin(txn, (head.base for head in record.heads), f"owner {record.peer.hex()}")
     txn.delete_value(TABLE, migration.hex())
 
@@ -250,12 +248,27 @@ def _hold_bases(txn: WriteTxn, record: MigrationRecord, before: Iterable[Base]) 
     and whoever deleted the last name of one in between would leave a chain without its bottom. Raises BaseGone.
     """
     wanted = [base.base for base in record.bases if base.base]
-    for uuid in wanted:
-        layer = txn.layer_by_uuid(uuid)
-        if layer is None or not all(part.complete for part in txn.chain(layer.id)):
-            raise BaseGone(f"state {uuid.hex()} is not complete here any more")
-        txn.pin(layer.id, record.id.hex())
+    _pin_states(txn, wanted, record.id)
     _unpin(txn, (base.base for base in before if base.base not in wanted), record.id.hex())
+
+
+def hold_named(txn: WriteTxn, migration: bytes, uuids: Iterable[bytes]) -> None:
+    """Pin the states that will be named as snapshots and are not sent, before PREPARED says that they are here: without
+
+    one that a merge or a deletion took meanwhile, the OWNER commit would fail for ever, and nobody own the volume.
+    Raises BaseGone, also when the migration is over: nothing would let go of the pins.
+    """
+    if txn.value(TABLE, migration.hex()) is None:
+        raise BaseGone(f"migration {shown_id(migration)} is over")
+    _pin_states(txn, uuids, migration)
+
+
+def _pin_states(txn: WriteTxn, uuids: Iterable[bytes], migration: bytes) -> None:
+    for uuid in uuids:
+        layer = txn.layer_by_uuid(uuid)
+        if layer is None or layer.doomed or not all(part.complete for part in txn.chain(layer.id)):
+            raise BaseGone(f"state {uuid.hex()} is not complete here any more")
+        txn.pin(layer.id, migration.hex())
 
 
 def _put_map(txn: WriteTxn, record: MigrationRecord, part: MapPart) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from silofs import failpoints
 from silofs.blocks import PAGE
 from silofs.engine import Engine
 from silofs.errors import BadName, BadSize
@@ -14,7 +15,7 @@ from silofs.migrate.messages import Base, Refusal
 from silofs.migrate.states import Role
 from silofs.names import check_name
 from silofs.peers import content
-from silofs.peers.records import ownership
+from silofs.peers.records import BaseGone, hold_named, ownership
 from silofs.peers.source_ops import Threads
 
 SPACE_FACTOR_NUMERATOR, SPACE_FACTOR_DENOMINATOR = 9, 8  # of the pages' bytes: objects, leaves, tree
@@ -70,21 +71,21 @@ def _has_space(engine: Engine, pages: int) -> bool:
     return pages * PAGE * SPACE_FACTOR_NUMERATOR // SPACE_FACTOR_DENOMINATOR <= engine.store.room()
 
 
-async def check_prepare(engine: Engine, threads: Threads, action: ev.CheckPrepare) -> ev.Event:
-    """Whether the rest would fit, and the named states below it are here still: a merge may have taken one.
+async def check_prepare(engine: Engine, migration: bytes, action: ev.CheckPrepare) -> ev.Event:
+    """Whether the rest would fit, and the named states below it are here still: a merge may have taken one. Those that
 
-    Space is not held: what does not fit pauses the sweep, and no page is lost by it.
+    are here stay until the migration is over. Space is not held: what does not fit pauses the sweep, and loses no page.
     """
     refusal: Refusal | None = None
-
-    def lacks(reader: ReadTxn) -> bool:
-        return any(reader.layer_by_uuid(uuid) is None for uuid in action.named)
-
     try:
-        if await threads.read(lacks):
-            refusal = Refusal.BASE
-        elif not _has_space(engine, action.pages):
+        if action.named:
+            failpoints.hit("prepare.before_commit")
+            await engine.transact(lambda txn: hold_named(txn, migration, action.named))
+            failpoints.hit("prepare.after_commit")
+        if not _has_space(engine, action.pages):
             refusal = Refusal.SPACE
+    except BaseGone:
+        refusal = Refusal.BASE
     except OSError:
         refusal = Refusal.STORE
     return ev.PrepareChecked(action.token, refusal)

@@ -11,6 +11,9 @@ from msgspec.structs import replace
 from silofs import failpoints
 from silofs.errors import Busy, FetchTimeout, NoSuchThing, NotAuthorised, NotOwner, UserError
 from silofs.layers.policies import drain
+from silofs.migrate.events import CheckPrepare, PrepareChecked
+from silofs.migrate.messages import Refusal
+from silofs.peers import target_ops
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -364,6 +367,58 @@ async def test_a_home_that_has_merged_a_named_state_away_refuses_before_the_swit
         await b.call("migrate", names=["vm1"], to=b.a, switchover="now", snapshots=False)
         assert (a.role("vm1"), b.role("vm1")) == ("owner", "retired")
         assert await a.read("vm1", 0, 8192) == b"y" * 4096 + b"x" * 4096
+
+
+@pytest.mark.parametrize("ends", ["complete", "cancelled"])
+async def test_a_named_state_stays_from_prepared_to_the_take_over(tmp_path, monkeypatch, ends):
+    """A merge, or a removal, at the destination after it has said that the state is there."""
+    async with two(tmp_path) as (a, b):
+        await a.call("peer_allow", peer=a.b, pattern="vm*", direction="in")
+        await a.call("create", name="vm1", size=MIB)
+        for number, name in enumerate(("first", "second")):
+            await a.write("vm1", number * 4096, b"x" * 4096)
+            await a.call("snapshot", volume="vm1", snapshot=name)
+        await a.call("clone", source="vm1", snapshot="second", new="kept")
+        txn = a.engine.reads.txn
+        first = txn.snapshots(txn.volume_by_name("vm1").uuid)[0].layer
+        uuid = txn.layer(first).uuid
+        await a.engine.transact(lambda txn: txn.pin(first, "test"))
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="now")
+        await a.call("rm", volume="vm1", force=True)
+        sound = target_ops.check_prepare
+
+        async def prepared(*args):
+            answer = await sound(*args)
+            await a.engine.transact(lambda txn: txn.unpin(first, "test"))
+            await trio.to_thread.run_sync(drain, a.store)
+            return answer if ends == "complete" else replace(answer, refusal=Refusal.SPACE)
+
+        monkeypatch.setattr(target_ops, "check_prepare", prepared)
+        said = await b.call("migrate", names=["vm1"], to=b.a, switchover="now")
+        await until(lambda: not a.peers._migrations.movers)
+        with a.store.reader() as txn:
+            assert not txn.values("migration") and not [pin for each in txn.layers() for pin in txn.pins(each.id)]
+        if ends == "complete":
+            assert said["state"] == "complete" and a.role("vm1") == "owner"
+            info = await a.call("info", name="vm1")
+            assert [snap["name"] for snap in info["snapshots"]] == ["first", "second"]
+            await a.call("rollback", volume="vm1", snapshot="first")
+            assert await a.read("vm1", 0, 8192) == b"x" * 4096 + bytes(4096)
+        else:
+            assert b.role("vm1") == "owner"
+            await trio.to_thread.run_sync(drain, a.store)
+            with a.store.reader() as txn:
+                assert txn.layer_by_uuid(uuid) is None, "nothing holds it any more"
+
+
+async def test_a_state_is_not_held_for_a_migration_that_is_over(tmp_path):
+    async with two(tmp_path) as (a, _):
+        await a.call("create", name="vm1", size=MIB)
+        await a.call("snapshot", volume="vm1", snapshot="first")
+        layer = a.engine.reads.txn.layers()[0]
+        answer = await target_ops.check_prepare(a.engine, bytes(16), CheckPrepare(7, 0, (layer.uuid,)))
+        assert answer == PrepareChecked(7, Refusal.BASE)
+        assert not a.engine.reads.txn.pins(layer.id)
 
 
 async def _postcopy(a, bandwidth=MIB):
