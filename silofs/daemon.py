@@ -72,6 +72,11 @@ class Holder:
             except ChannelError:
                 log.exception("the holder sent what is no message")
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is dead, so that nothing of what it asked for is of use to anybody."""
+        return self._channel.gone
+
     def send(self, op: str, **fields: Any) -> None:
         self._channel.send(op, **fields)
 
@@ -125,8 +130,8 @@ class Daemon:
             if message is None:
                 return 1  # the holder died before it was this daemon's turn
             if message.op == "init":
-                self._holder.send("able", abilities=extension.abilities, logs=memfd.KNOWN)
-                await self._session.initialise()
+                if not await self._initialise():
+                    return 1  # as above: nobody is there who could hear the answer
             elif message.op == "open":
                 refused = self._open(*message.fds, killed=int(message.fields.get("killed", signal.SIGBUS)))
                 if refused is not None:
@@ -140,6 +145,20 @@ class Daemon:
             elif message.op == "quit" and opened:
                 self._close()  # recover() has committed the log, and nothing was admitted since
                 return 0
+
+    async def _initialise(self) -> bool:
+        """Answer INIT; False when the holder is dead, as when it was killed with the serving daemon in that moment."""
+        if self._holder.gone:
+            return False
+        self._holder.send("able", abilities=extension.abilities, logs=memfd.KNOWN)
+        answered = True
+        try:
+            await self._session.initialise()
+        except* OSError:
+            if not self._holder.gone:
+                raise
+            answered = False
+        return answered
 
     def _open(self, lock: int, memory: int, *, killed: int) -> int | None:
         """Open the store and replay the log; the exit status when that cannot be done, after the holder was told."""

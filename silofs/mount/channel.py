@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,13 @@ class Channel:
         if not packet:
             return None
         return decode(packet, fds)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the other end is closed, although what it sent before may still be here."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def close(self) -> None:
         self._sock.close()

@@ -9,7 +9,9 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +24,10 @@ from silofs import limits
 from silofs.errors import BadFormat, Busy, NoStore, SiloError, StoreLocked, UserError
 from silofs.layers.store import Store
 from silofs.mount import kernel, launcher
+from silofs.mount.channel import Channel
 from tests.fuse.mounts import Mount, wait
 from tests.fuse.test_files import fails
+from tests.unit.mount.test_kernel import init_request
 
 pytestmark = pytest.mark.fuse
 PAGE = 4096
@@ -294,6 +298,25 @@ def test_both_dead_is_a_dead_mount_that_the_next_one_cleans_up(mount: Mount) -> 
     mount.start()
     assert [mounted.mountpoint for mounted in kernel.mounts()].count(str(mount.path)) == 1
     assert image.read_bytes()[:PAGE] == b"x" * PAGE
+
+
+@pytest.mark.parametrize("said", [("init",), ()])
+def test_a_warm_daemon_whose_holder_was_killed_before_it_came_up_ends_without_a_word(
+    tmp_path: Path, said: tuple[str, ...]
+) -> None:
+    ours, theirs = Channel.pair()
+    session, daemon_session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    session.send(init_request(0).request)
+    for op in said:
+        ours.send(op)
+    ours.close()
+    session.close()
+    command = [sys.executable, "-m", "silofs.daemon", "--store", str(tmp_path), "--mountpoint", str(tmp_path)]
+    with theirs, daemon_session:
+        fds = (theirs.fileno(), daemon_session.fileno())
+        ends = ["--channel", str(fds[0]), "--session", str(fds[1])]
+        done = subprocess.run([*command, *ends], pass_fds=fds, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def _errno(fd: int) -> int:
