@@ -15,10 +15,10 @@ import numpy as np
 from silofs.blocks import LEAF_SHIFT
 from silofs.errors import Damaged, ObjectMissing
 from silofs.layers import containers, schema
-from silofs.layers.containers import BLOCK_SHIFT, NO_HASH, SLOTS
+from silofs.layers.containers import BLOCK_SHIFT, NO_HASH, RAW, SLOTS
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import Refs
-from silofs.layers.use_records import USER, Counts, read_use, read_user
+from silofs.layers.use_records import USER, Counts, read_use, read_user, referred
 
 CODE: Final = "container"
 
@@ -139,14 +139,22 @@ class ContainerChecker:
                 value = self._txn.container(container_id)
                 for number in np.unique(np.flatnonzero(counts) >> BLOCK_SHIFT).tolist():
                     try:
-                        self._read_block(container_id, number, value)
+                        self._read_block(container_id, number, value, referred(counts, number))
                     except Damaged as error:
                         for layer, page in self._places(container_id, number):
                             self._report(CODE, str(error), layer=layer, page=page)
 
-    def _read_block(self, container_id: int, number: int, value: memoryview) -> None:
+    def _read_block(self, container_id: int, number: int, value: memoryview, wanted: int) -> None:
+        """What is referred to can be read, and all of it is what its hash says. A page of a block that is stored as it
+        is and that nothing refers to may be damaged: a repair leaves such, and nobody reads it."""
         entry = containers.entry(container_id, number, value)
-        plain = containers.plain_pages(container_id, number, entry, value)
+        try:
+            plain = containers.plain_pages(container_id, number, entry, value)
+        except Damaged:
+            if entry.codec != RAW or not entry.pages & ~wanted:
+                raise
+            containers.some_pages(container_id, number, entry, value, wanted & entry.pages)
+            return
         whole = entry.hash != NO_HASH and self._whole(container_id, number, entry.hash)
         if whole and containers.hash_block(entry.pages, plain) != entry.hash:
             raise Damaged(f"block {number} of container {container_id} has another hash")

@@ -299,6 +299,19 @@ Unpacked = tuple[int, memoryview]
 """Which of a block's 16 pages there are, and their bytes in order."""
 
 
+def some_pages(container_id: int, number: int, found: Entry, value: memoryview, wanted: int) -> bytes:
+    """The pages of a block that are in a mask, in order, each verified. Of one that is stored as it is no other page is
+
+    looked at: what nothing refers to may be damaged.
+    """
+    if found.codec == RAW:
+        slots = slots_of(number, wanted)
+        return b"".join(raw_pages(container_id, slot, 1, found, value) for slot in slots)
+    plain = plain_pages(container_id, number, found, value)
+    slots = slots_of(0, wanted)
+    return b"".join(cut(container_id, slot, 1, (found.pages, plain)) for slot in slots)
+
+
 def cut(container_id: int, slot: int, count: int, unpacked: Unpacked) -> memoryview:
     """Consecutive pages out of a block; Damaged when it does not have them."""
     pages, plain = unpacked

@@ -150,14 +150,19 @@ class RawTree:
                 yield node.key, self._whole(node) if node.elsewhere else node.value
 
     def _whole(self, node: _Node) -> bytes:
-        """A value in pages of its own; short when one of them cannot be read."""
+        """A value in pages of its own; zeros for those that cannot be read: they are not what the checksum was of."""
         first = int.from_bytes(node.value[:8], "little")
         if first > self._last:
             return b""
         try:
-            return os.pread(self._fd, node.size, first * PAGE + _PAGE.size)
+            raw = os.pread(self._fd, node.size, first * PAGE + _PAGE.size)
         except OSError:
-            return b""
+            raw = b""
+        if len(raw) < node.size:
+            count = -(-(_PAGE.size + node.size) // PAGE)
+            raw = b"".join(self.page(number) or bytes(PAGE) for number in range(first, first + count))
+            raw = raw[_PAGE.size : _PAGE.size + node.size]
+        return raw
 
     def _root(self, table: str) -> tuple[int, list[Unreadable]]:
         """The root of a table's tree, _NONE if it has none; what could not be read on the way to it."""

@@ -14,13 +14,13 @@ from itertools import islice
 
 import numpy as np
 
-from silofs.blocks import LEAF_SHIFT, PAGE_SHIFT
+from silofs.blocks import LEAF_SHIFT
 from silofs.errors import Damaged, ObjectMissing
 from silofs.layers import containers, schema
 from silofs.layers.containers import BLOCK_SHIFT, NO_HASH, ZSTD, Block
 from silofs.layers.rewrite import Budget, Policy, rewrite
 from silofs.layers.transaction import WriteTxn
-from silofs.layers.use_records import read_use
+from silofs.layers.use_records import read_use, referred
 from silofs.limits import REPACK_BELOW, REPACK_LOOK_S
 
 log = logging.getLogger(__name__)
@@ -144,22 +144,16 @@ def _left(txn: WriteTxn, container_id: int) -> Iterator[_Left]:
     counts = txn.use(container_id).counts
     value = txn.container(container_id)
     for number, entry in enumerate(containers.entries(container_id, value)):
-        live = counts[number << BLOCK_SHIFT : (number + 1) << BLOCK_SHIFT] > 0
-        pages = int(np.packbits(live, bitorder="little").view("<u2")[0])
+        pages = referred(counts, number)
         if not pages:
             continue
-        plain = bytes(containers.plain_pages(container_id, number, entry, value))
         if pages == entry.pages:
+            plain = bytes(containers.plain_pages(container_id, number, entry, value))
             stored = bytes(value[entry.offset : entry.offset + entry.length]) if entry.codec == ZSTD else None
             yield _Left(container_id, number, Block(entry.hash, pages, plain, stored))
-            continue
-        slots = containers.slots_of(0, entry.pages)
-        kept = [
-            plain[index << PAGE_SHIFT : (index + 1) << PAGE_SHIFT]
-            for index, slot in enumerate(slots)
-            if pages >> slot & 1
-        ]
-        yield _Left(container_id, number, containers.prepare(pages, b"".join(kept), NO_HASH))
+        else:
+            kept = containers.some_pages(container_id, number, entry, value, pages)
+            yield _Left(container_id, number, containers.prepare(pages, kept, NO_HASH))
 
 
 def _entries(txn: WriteTxn, container_id: int) -> list[tuple[int, int, int]]:

@@ -39,6 +39,12 @@ class Use:
         return USE_HEAD.pack(self.leaves, self.pages) + self.counts.astype(_COUNTS).tobytes()
 
 
+def referred(counts: Counts, number: int) -> int:
+    """The pages of a block that anything refers to, as a mask."""
+    live = counts[number << BLOCK_SHIFT : (number + 1) << BLOCK_SHIFT] > 0
+    return int(np.packbits(live, bitorder="little").view("<u2")[0])
+
+
 def read_use(key: bytes, value: Buffer | None) -> Use:
     """A container's record; Damaged when it is missing or not sound."""
     if value is None:

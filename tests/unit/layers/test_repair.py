@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,6 +17,8 @@ from silofs.blocks import LEAF_PAGES, PAGE
 from silofs.errors import BadFormat, Damaged
 from silofs.layers import heads, schema
 from silofs.layers.check import check
+from silofs.layers.policies import drain
+from silofs.layers.repack import Repack
 from silofs.layers.repair import Repair, Repaired, put_in_place
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -227,3 +231,79 @@ def test_a_lost_state_record_is_said(rig: Rig) -> None:
     result, store = repaired(rig)
     assert [loss.name for loss in result.losses] == ["state"]
     compare(before, result, store)
+
+
+# Containers with blocks that are stored as they are: what a repair gives up is pages, not blocks
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[Rig]:
+    """A volume of blocks that do not get smaller, in two containers."""
+    rig = Rig(tmp_path / "store")
+    layer = rig.store.write(lambda txn: _received(txn))
+    with BlockWriter(rig.store, layer) as writer:
+        writer.add(0, random.Random(1).randbytes(60 * PAGE))
+    rig.store.write(lambda txn: (txn.clone(layer, "packed"), txn.unpin(layer, "test")))
+    yield rig
+    rig.close()
+
+
+def _place(rig: Rig, page: int) -> int:
+    """The page of the data file that holds a page of the volume; it is in a container."""
+    with closing(rig.store.reader()) as txn:
+        reference = int(txn.resolve(txn.volume_by_name("packed").head, 0)[page])
+        assert schema.kind_of(reference) == schema.PACKED
+        content = bytes(txn.page(reference))
+    at = (rig.path / "data" / "data.mdb").read_bytes().index(content)
+    assert not at % PAGE
+    return at // PAGE
+
+
+def _findings(store: Store) -> list[str]:
+    with closing(store.reader()) as txn:
+        return [finding.message for finding in check(txn, read_data=True)]
+
+
+@pytest.mark.parametrize("how", ["flip", "medium"])
+def test_bad_pages_of_raw_blocks_are_given_up_alone(raw: Rig, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, bad = contents(raw.store), [3, 17, 18, 59]
+    places = [_place(raw, page) for page in bad]
+    data_file = raw.path / "data" / "data.mdb"
+    raw.store.close()
+    if how == "flip":
+        with data_file.open("r+b") as file:
+            for place in places:
+                byte = os.pread(file.fileno(), 1, place * PAGE + 100)[0]
+                os.pwrite(file.fileno(), bytes([byte ^ 1]), place * PAGE + 100)
+        raw.store = Store.open(raw.path)
+        assert _findings(raw.store)
+    else:
+        number, sound = data_file.stat().st_ino, os.pread
+
+        def pread(fd: int, length: int, offset: int) -> bytes:
+            if os.fstat(fd).st_ino == number and any(
+                offset < (place + 1) * PAGE and place * PAGE < offset + length for place in places
+            ):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return sound(fd, length, offset)
+
+        monkeypatch.setattr(os, "pread", pread)
+    result, store = repaired(raw)
+    (loss,) = result.losses
+    assert loss.name == "packed"
+    assert loss.ranges == [(3 * PAGE, 4 * PAGE), (17 * PAGE, 19 * PAGE), (59 * PAGE, 60 * PAGE)]
+    assert not _findings(store)
+    compare(before, result, store)
+
+    # What is left of such a block can be moved, and the same block can be stored again.
+    uuid = next(volume.uuid for volume in store.reader().volumes())
+    raw.put(uuid, [page for page in range(60) if page not in bad and page % 16 > 1])
+    raw.commit()
+    drain(store, [Repack()])
+    assert not _findings(store)
+    again = store.write(lambda txn: _received(txn))
+    with BlockWriter(store, again) as writer:
+        writer.add(0, random.Random(1).randbytes(60 * PAGE))
+    store.write(lambda txn: (txn.clone(again, "again"), txn.unpin(again, "test")))
+    assert contents(store)["again"][:60] == before["packed"][:60]
+    assert not _findings(store)
