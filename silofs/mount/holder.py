@@ -19,6 +19,7 @@ that it starts daemons for as long as it takes. docs/mount.md has the table of d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -394,7 +395,8 @@ class Holder:
         os.close(fd)
 
     def _note(self, text: str) -> None:
-        print(f"silofs holder: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the disk that the log is on may be full: no reason to end the mount
+            print(f"silofs holder: {text}", file=sys.stderr, flush=True)
 
     def _publish(self) -> None:
         current = self._current

@@ -159,3 +159,12 @@ def test_what_the_holder_says_is_told_on_a_full_file_system_too(
     prepare.publish(tmp_path, {"holder_pid": mine, "daemon_pid": None})
     assert prepare.published(tmp_path) == {"holder_pid": mine, "daemon_pid": None}
     assert [path.name for path in tmp_path.iterdir()] == [prepare.STATE_FILE]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is on the store's disk, which may be full: whoever ends over that takes the mount with it."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        Holder._note(Holder.__new__(Holder), "a daemon died")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it has in its buffer goes there
