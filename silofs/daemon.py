@@ -118,6 +118,7 @@ class Daemon:
         self._draining = trio.Event()
         self._serving = trio.CancelScope()
         self._restarts = 0
+        self._deaths: int | None = None
         self._capabilities: list[str] = []
 
     # Coming up
@@ -200,6 +201,7 @@ class Daemon:
         (fuse,) = message.fds
         self._log.upgrade()  # not before it is known that this program can open the store: then the old one goes on
         self._restarts = int(message.fields.get("restarts", 0))
+        self._deaths = message.fields.get("deaths")  # a holder of an earlier program does not say
         self._capabilities = [str(word) for word in message.fields.get("capabilities", [])]
         service = Service(self._engine, host=self)
         held = Freezes(self._engine)
@@ -314,6 +316,7 @@ class Daemon:
             "holder_pid": self._holder.pid,
             "listen": self._args.listen,
             "restarts": self._restarts,
+            "deaths": self._deaths,
             "capabilities": self._capabilities,
             "open_handles": len(self._log.handles),
             "no_journal": self._engine.commits.journal.absent or None,

@@ -57,6 +57,7 @@ class Holder:
         self._init_reply: bytes | None = None
         self._abilities: tuple[str, ...] = ()  # of the daemon whose reply that was
         self._generations = 0  # daemons that served
+        self._deaths = 0  # of daemons that had the store, by whatever they had not been asked for
         self._promote_at = 0.0
         self._ping_at = 0.0
         self._restart: tuple[Child, int] | None = None  # the successor that a `restart` waits for, and its id
@@ -126,7 +127,9 @@ class Holder:
     def _serve(self, child: Child) -> None:
         assert self._init is not None
         capabilities = [*self._init.capabilities, *self._abilities]
-        child.channel.send("serve", [self._fuse], restarts=self._generations, capabilities=capabilities)
+        child.channel.send(
+            "serve", [self._fuse], restarts=self._generations, deaths=self._deaths, capabilities=capabilities
+        )
 
     def _promote(self) -> None:
         """Give the place of a dead daemon to the first successor that is warm; start one if there is none."""
@@ -283,6 +286,7 @@ class Holder:
         now = time.monotonic()
         self._last_exit = child.ending(status)
         self._killed = max(0, -status)
+        self._deaths += not child.clean
         self._note(f"daemon {child.pid} {self._last_exit}")
         if self._generations == 0:
             raise child.error(self._last_exit)
@@ -408,6 +412,7 @@ class Holder:
             "daemon_pid": current.pid if current is not None else None,
             "mountpoint": str(self._mountpoint),
             "restarts": max(0, self._generations - 1),
+            "deaths": self._deaths,
             "last_exit": self._last_exit,
             "refused": self._refused,
         }

@@ -93,8 +93,8 @@ def _answer(reader: int, timeout_s: float) -> dict[str, Any]:
 
 
 def holder_state(store: Path) -> dict[str, Any] | None:
-    """What the holder of a store last said of itself (state, holder_pid, daemon_pid, mountpoint, restarts, last_exit,
-    refused), or None when there is no holder. For commands that find no daemon to ask."""
+    """What the holder of a store last said of itself (state, holder_pid, daemon_pid, mountpoint, restarts, deaths,
+    last_exit, refused), or None when there is no holder. For commands that find no daemon to ask."""
     return prepare.published(store)
 
 
