@@ -20,6 +20,7 @@ from silofs.engine.gather import ZEROS
 from silofs.engine.ranges import Ranges
 from silofs.engine.reads import Reads
 from silofs.engine.remote import Fetches, Nobody, Remote
+from silofs.engine.served import Served
 from silofs.engine.threads import Threads
 from silofs.engine.volume import KEY_SHIFT, Gate, VolumeState
 from silofs.engine.writes import Data, Writes
@@ -69,6 +70,7 @@ class Engine:
         self.copies = Copies(self.reads, self.writes, self.commits)
         self._volumes: dict[bytes, VolumeState] = {}
         self._layers: dict[int, VolumeState] = {}
+        self._departed = Served()  # of volumes and snapshots that are gone
         self._keys = 0
         self.catalog_version = 0  # changes with whatever may change names, sizes or attributes
         # The hot paths, without a call in between.
@@ -293,6 +295,8 @@ class Engine:
             view = self._layers.pop(layer_id, None)
             if view is not None:
                 view.head = successor
+                if (other := self._layers.get(successor)) is not None:
+                    self._departed.add(other.served)
                 self._layers[successor] = view
 
     def _held(self, txn: ReadTxn) -> set[int]:
@@ -320,11 +324,12 @@ class Engine:
                 gone = True
             if gone:
                 view.set_gone()
+                self._departed.add(view.served)
                 del self._layers[layer_id]
             else:
                 view.remote = view.remote and _has_remote(view, txn)
         for uuid in [uuid for uuid, volume in self._volumes.items() if volume.record is None]:
-            del self._volumes[uuid]
+            self._departed.add(self._volumes.pop(uuid).served)
 
     def _reload(self, volume: VolumeState, txn: CatalogReader) -> None:
         """Bring one state up to its records."""
@@ -361,9 +366,18 @@ class Engine:
         else:
             volume.set_role(ownership.role, ownership.epoch)
 
+    def served(self) -> Served:
+        """Of all volumes and snapshots, those among them that are gone: it never falls."""
+        total = Served()
+        total.add(self._departed)
+        for volume in (*self._volumes.values(), *self._layers.values()):
+            total.add(volume.served)
+        return total
+
     def statistics(self) -> dict[str, object]:
         return {
             "volumes": len(self._volumes),
+            "served": self.served().figures(),
             "reads": self.reads.statistics(),
             "writes": self.writes.statistics(),
             "commits": self.commits.statistics(),

@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from silofs.engine.served import Served
 from silofs.errors import Busy, Damaged, NoSuchVolume, NotOwner, ReadOnly, SiloError
 from silofs.layers.catalog import Role, Volume
 from silofs.layers.pending import Patch, Pending
@@ -72,6 +73,7 @@ class VolumeState:
         "record",
         "remote",
         "role",
+        "served",
         "size",
         "uuid",
         "writable",
@@ -99,6 +101,7 @@ class VolumeState:
         self.last_lsn = 0  # of the last record admitted
         self.durable_lsn = 0  # everything up to it is in the store
         self.written_ns = 0  # when the first write came that is not in the store, by the wall clock
+        self.served = Served()
         self.open_count = 0  # handles
         self.writers = 0  # of them for writing
         self.frozen = 0  # freezes in force
@@ -204,6 +207,11 @@ class VolumeState:
         self.clean = True
         self.overlaid = False
         self.durable_lsn = self.last_lsn
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What was written and is not in the store yet; pages that were overwritten meanwhile are counted again."""
+        return self.pending.bytes + (self.flushing.bytes if self.flushing is not None else 0)
 
     # Handles
 

@@ -111,6 +111,9 @@ class Files(Guarded):
             data = self._engine.read_now(state, off, size)
             if data is None:
                 data = await self._engine.read(state, off, size)
+            served = state.served
+            served.reads += 1
+            served.read_bytes += len(data)
             return data  # type: ignore[return-value]  # any contiguous buffer will do
         except Exception as error:
             raise self._lost(fh, error) from None
@@ -119,11 +122,16 @@ class Files(Guarded):
         try:
             file = self._files[fh]
             sync = file.sync or self._request[FLAGS] & SYNC
-            if not self._engine.write_now(file.state, off, buf):
-                await self._engine.write(file.state, off, buf)
-            if sync and not self._engine.flush_now(file.state):
-                await self._engine.flush(file.state)
-            return len(buf)
+            state = file.state
+            if not self._engine.write_now(state, off, buf):
+                await self._engine.write(state, off, buf)
+            if sync and not self._engine.flush_now(state):
+                await self._engine.flush(state)
+            length = len(buf)
+            served = state.served
+            served.writes += 1
+            served.written_bytes += length
+            return length
         except Exception as error:
             raise self._lost(fh, error) from None
 
@@ -138,7 +146,13 @@ class Files(Guarded):
             data = self._log.placed(request[AT], request[LENGTH])
             if data is None or file.sync or request[FLAGS] & SYNC:
                 return False
-            return self._engine.write_now(file.state, request[OFFSET], data, placed=True)
+            state = file.state
+            if not self._engine.write_now(state, request[OFFSET], data, placed=True):
+                return False
+            served = state.served
+            served.writes += 1
+            served.written_bytes += len(data)
+            return True
         except Exception:
             return False  # `write` meets the same, and says what it is
 
@@ -198,6 +212,7 @@ class Files(Guarded):
         state = self._file(fh).state
         if not self._engine.flush_now(state):
             await self._engine.flush(state)
+        state.served.flushes += 1
 
     # What pyfuse3 does not know
 
@@ -233,6 +248,7 @@ class Files(Guarded):
         state, mode, end = file.state, request.mode, request.offset + request.length
         if mode == PUNCH_HOLE | KEEP_SIZE:
             await self._engine.discard(state, request.offset, request.length)
+            zeroed = True
         elif mode & ~(ZERO_RANGE | KEEP_SIZE) == 0:
             extend = not mode & KEEP_SIZE
             if extend and end > state.size:
@@ -241,8 +257,12 @@ class Files(Guarded):
                 await self._volumes.before_change("resize", state.name)
             zero = bool(mode & ZERO_RANGE)
             await self._engine.allocate(state, request.offset, request.length, zero=zero, extend=extend)
+            zeroed = zero
         else:
             raise Unsupported(f"fallocate(2) with mode {mode:#x}")
+        if zeroed:
+            state.served.discards += 1
+            state.served.discarded_bytes += max(0, min(end, state.size) - request.offset)
 
     async def _copy(self, request: raw.Copy) -> bytes:
         """EOPNOTSUPP: the kernel copies."""
