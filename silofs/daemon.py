@@ -28,6 +28,7 @@ import trio
 from silofs import __version__, control, limits
 from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
+from silofs.figures import Figures
 from silofs.freezing import Freezes
 from silofs.layers import memfd
 from silofs.layers.log import WriteLog
@@ -212,6 +213,7 @@ class Daemon:
             await nursery.start(self._engine.run)
             await nursery.start(held.run)
             await peers.start(nursery, service)
+            Figures(self._engine, self, peers=peers.statistics, migrations=peers.migrations).register(service)
             requests = await self._take_up()
             service.settled = requests.settled.wait
             log, guard = self._log, service.guard

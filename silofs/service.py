@@ -24,7 +24,9 @@ from silofs.transfers import Transfers, Volumes, in_thread
 from silofs.verbs import Args
 
 CHANGES: Final = frozenset({"snapshot", "clone", "rm", "rollback", "rename", "resize"})
-UNCHANGING: Final = frozenset({"status", "restart", "sync", "check", "peer_ls", "migration_ls", "migration_show"})
+UNCHANGING: Final = frozenset(
+    {"status", "statistics", "restart", "sync", "check", "peer_ls", "migration_ls", "migration_show"}
+)
 
 
 class Host(Protocol):

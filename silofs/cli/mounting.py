@@ -14,7 +14,7 @@ import click
 from silofs import __version__, limits
 from silofs.cli.client import Gone
 from silofs.cli.output import App, pairs
-from silofs.cli.runner import call, lock_owner
+from silofs.cli.runner import call, holder_says, lock_owner
 from silofs.cli.sizes import show_size
 from silofs.cli.verbs import common
 from silofs.errors import Busy, Exit, NoDaemon, NoStore, NoSuchThing, SiloError, TryAgain, UserError
@@ -112,7 +112,7 @@ def status_command(app: App) -> int:
     try:
         fields = call(app.store, "status", {}, offline=False)
     except TryAgain:
-        held = _held(app.store)
+        held = holder_says(app.store)
         if held is None:
             raise
         app.result(held, lambda: _status_text(held))
@@ -120,19 +120,6 @@ def status_command(app: App) -> int:
         return Exit.TRY_AGAIN
     app.result(fields, lambda: _status_text(fields))
     return Exit.OK
-
-
-def _held(store: Path) -> dict[str, Any] | None:
-    """What the holder left in the store for the time in which there is no daemon to ask."""
-    from silofs.mount import launcher
-
-    about = launcher.holder_state(store)
-    if about is None:
-        return None
-    fields = {**about, "store": str(store), "volumes": None}
-    if fields.get("state") == "serving":
-        fields["state"] = "starting"  # as far as anybody can be asked
-    return fields
 
 
 def _flat(fields: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -81,6 +81,19 @@ def _held(store: Path) -> TryAgain:
     )
 
 
+def holder_says(store: Path) -> dict[str, Any] | None:
+    """What the holder left in the store for the time in which there is no daemon to ask."""
+    from silofs.mount import launcher
+
+    about = launcher.holder_state(store)
+    if about is None:
+        return None
+    fields = {**about, "store": str(store), "volumes": None}
+    if fields.get("state") == "serving":
+        fields["state"] = "starting"  # as far as anybody can be asked
+    return fields
+
+
 def lock_owner(store: Path) -> int | None:
     """The process that took the store's lock (the holder), 0 if it cannot be named, None if nobody has it.
 

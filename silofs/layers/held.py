@@ -63,6 +63,7 @@ class Space:
     held_bytes: int  # allocated behind the file's last page
     inside_bytes: int  # counted on inside the file, once nothing more can be allocated
     claimed_bytes: int  # set aside for what is acknowledged and not committed
+    reserve_bytes: int  # only for deletion, the cleaner and catalog records
     full: bool
 
 
@@ -215,4 +216,5 @@ class Held:
 
     def statistics(self) -> Space:
         with self._lock:
-            return Space(self.holds, max(0, self._end - self._used), self._inside, self._claimed, self.full)
+            held = max(0, self._end - self._used)
+            return Space(self.holds, held, self._inside, self._claimed, self._reserve(), self.full)

@@ -411,6 +411,10 @@ class Migrations:
             raise NoSuchThing(f"{text} is the beginning of several migrations")
         return found[0] if found else None
 
+    def listed(self) -> list[dict[str, object]]:
+        """For `migration ls`: those that are over and still remembered, then those that are not."""
+        return [*self.history.ended(), *(self.fields(mover) for mover in self.movers.values())]
+
     def fields(self, mover: Mover) -> dict[str, object]:
         """For `migration show`, with what only the store knows."""
         reader = self.engine.reads.txn

@@ -60,6 +60,9 @@ class Peers:
         """The address for peers, as others can dial it; None without a listener."""
         return reachable(self._listener.address) if self._listener is not None else None
 
+    def migrations(self) -> list[dict[str, Any]]:
+        return self._migrations.listed()
+
     def statistics(self) -> dict[str, Any]:
         found: dict[str, Any] = {"sessions": len(self._hub.links()), "sessions_begun": self._hub.sessions_begun}
         if self._listener is not None:

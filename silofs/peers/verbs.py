@@ -202,8 +202,7 @@ class Verbs:
         return fields
 
     async def migrations(self, args: dict[str, Any], call: Call) -> dict[str, Any]:
-        shop = self._migrations
-        return {"migrations": shop.history.ended() + [shop.fields(mover) for mover in shop.movers.values()]}
+        return {"migrations": self._migrations.listed()}
 
     async def show(self, args: dict[str, Any], call: Call) -> dict[str, Any]:
         text = _id(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from silofs.cli.main import run
-from silofs.control import serve
+from silofs.control import Handler, serve
 from silofs.engine.volume import VolumeState
 from silofs.layers.catalog import Volume
 from silofs.layers.log import WriteLog
@@ -115,8 +115,8 @@ class Daemon:
 
 
 @contextmanager
-def daemon(path: Path) -> Iterator[WriteLog]:
-    """The store, served by a thread of this process."""
+def daemon(path: Path, handlers: Mapping[str, Handler] | None = None) -> Iterator[WriteLog]:
+    """The store, served by a thread of this process, with `handlers` for verbs that other parts of a daemon have."""
     started = threading.Event()
     stop: list[Callable[[], None]] = []
     memfd = os.memfd_create("log")
@@ -126,6 +126,8 @@ def daemon(path: Path) -> Iterator[WriteLog]:
 
         async def main() -> None:
             service = Service(Engine(store, log), Daemon(path))
+            for verb, handler in (handlers or {}).items():
+                service.register(verb, handler)
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve, path / "control.sock", service)
                 token = trio.lowlevel.current_trio_token()
