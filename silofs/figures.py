@@ -1,4 +1,4 @@
-"""What a daemon has counted and what it holds, gathered for `silofs metrics`.
+"""What a daemon has counted and what it holds, gathered for `silofs metrics` and `silofs top`.
 
 Nothing is counted here: the long-lived objects have their `statistics()`, and this puts them side by side. What is in
 memory is read in one step on the event loop; what the store's records say, in a thread. Counters begin at zero with

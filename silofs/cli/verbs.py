@@ -44,6 +44,7 @@ VERBS = {
     "migration": "migrations",
     "doctor": "mounting",
     "status": "mounting",
+    "top": "watching",
     "metrics": "watching",
     "version": "mounting",
 }

@@ -301,7 +301,7 @@ def test_a_size_that_no_volume_can_have(silofs: Silofs, size: str) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["nosuchverb"], ["create"], ["create", "vm1"], ["ls", "--nosuch"], ["info", "a", "b"], ["top"]],
+    [[], ["nosuchverb"], ["create"], ["create", "vm1"], ["ls", "--nosuch"], ["info", "a", "b"], ["top", "vm1"]],
 )
 def test_a_command_line_that_is_wrong(silofs: Silofs, args: list[str]) -> None:
     done = silofs(*args)
