@@ -1,9 +1,11 @@
 """The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`, `plain`
-(without the C extension; `equipped`: with it), `withdrawn` (once), and `refuse-new` and `old-log` (a program
-that knows version 1 of the write log only), which those have seen that started after they were made."""
+(without the C extension; `equipped`: with it), `withdrawn` (once), `no-copies` (writes that pyfuse3 copies fail), and
+`refuse-new` and `old-log` (a program that knows version 1 of the write log only), which those have seen that started
+after they were made."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -29,6 +31,8 @@ from silofs.layers.store import Store  # noqa: E402
 from silofs.mount import session  # noqa: E402
 from silofs.mount.fuse import Adapter  # noqa: E402
 
+from pyfuse3 import FUSEError  # noqa: E402  # isort: skip - after the extension
+
 
 class PickyStore(Store):
     @classmethod
@@ -50,7 +54,13 @@ class HastyWait(session._Polled):
         return await super().wait()
 
 
+async def no_copies(self: Adapter, fh: int, off: int, buf: bytes) -> int:
+    raise FUSEError(errno.EIO)
+
+
 if __name__ == "__main__":
+    if (STORE / "no-copies").exists():
+        Adapter.write = no_copies  # type: ignore[method-assign]
     session._Polled = HastyWait  # type: ignore[misc]
     daemon.Store = PickyStore  # type: ignore[misc]
     if OLD_LOG:

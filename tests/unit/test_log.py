@@ -328,3 +328,55 @@ def test_a_torn_slot_is_free(cut: int) -> None:
         again = WriteLog.open(fd, STORE).handles
         assert len(again) == 0
         assert again.allocate(VOLUME, 2) == 2
+
+
+# Payloads that the kernel puts into the ring itself
+
+
+def room_of(log: WriteLog) -> memoryview:
+    words = memoryview(bytearray(16)).cast("Q")
+    log.show_room(words)
+    return words
+
+
+def test_a_payload_that_lies_in_its_place_is_not_copied() -> None:
+    with memfd() as fd:
+        log = WriteLog.open(fd, STORE)
+        room = room_of(log)
+        append(log, b"one")
+        place = room[0]
+        log.ring[place : place + 4] = b"two!"
+        payload = log.placed(place, 4)
+        assert payload is not None and log.room(4)
+        assert log.append(WRITE, VOLUME, 1, 1, 0, 4, payload, placed=True) == (2, place)
+        assert contents(WriteLog.open(fd, STORE)) == [(1, b"one"), (2, b"two!")]
+
+
+def test_a_payload_elsewhere_is_not_taken_for_one_in_its_place() -> None:
+    with memfd() as fd:
+        log = WriteLog.open(fd, STORE)
+        room = room_of(log)
+        stale = room[0]
+        append(log, b"something came in between")
+        assert log.placed(stale, 4) is None
+        assert log.placed(room[0], room[1] - room[0] + 1) is None
+        assert log.placed(room[0], room[1] - room[0]) is not None
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=60))
+def test_what_may_be_scribbled_on_is_never_a_record(steps: list[tuple[int, bool]]) -> None:
+    """Whatever lies between the two words can be overwritten at any time: a replay finds every record all the same."""
+    with memfd() as fd:
+        log = WriteLog.open(fd, STORE)
+        room = room_of(log)
+        kept: list[tuple[int, bytes]] = []
+        for length, release in steps:
+            if room[0] < room[1]:
+                log.ring[room[0] : room[1]] = b"\xee" * (room[1] - room[0])
+            if release:
+                log.release(log.mark())
+                kept = []
+            if log.room(length):
+                payload = os.urandom(length)
+                kept.append((append(log, payload)[0], payload))
+            assert contents(WriteLog.open(fd, STORE)) == kept

@@ -100,7 +100,7 @@ EXPORT int fuse_session_receive_buf(struct fuse_session *session, struct fuse_bu
         *(void **)&real = next("fuse_session_receive_buf");
 
     in_ring = 0;
-    /* libfuse allocates `mem`, of MESSAGE bytes, at the first request of each of pyfuse3's tasks. */
+    /* libfuse allocates `mem`, of MESSAGE bytes, at the first request of each of pyfuse3's tasks: that one is copied. */
     if (silofs_ring == NULL || buf->mem == NULL || silofs_room[LIMIT] < silofs_room[PLACE] + MESSAGE)
         return real(session, buf);
 
