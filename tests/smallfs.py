@@ -1,4 +1,4 @@
-"""Small file systems for tests of full ones: a tmpfs, or ext4 on a loop device. Root only; skipped otherwise."""
+"""Small file systems for tests of full ones: a tmpfs, or another on a loop device. Root only; skipped otherwise."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def small(kind: str, mib: int, where: Path) -> Iterator[Path]:
     if kind == "tmpfs":
         command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=700", "silofs-test", str(point)]
     else:
-        image = where / "small.ext4"
+        image = where / f"small.{kind}"
         with image.open("wb") as file:
             file.truncate(mib << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True)
+        make = {"ext4": ["mkfs.ext4", "-q", "-F", "-m", "0"], "btrfs": ["mkfs.btrfs", "-q"], "xfs": ["mkfs.xfs", "-q"]}
+        subprocess.run([*make[kind], str(image)], check=True)
         command = ["mount", "-o", "loop", str(image), str(point)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip(f"a {kind} cannot be mounted here")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -23,6 +25,9 @@ PROBE_BYTES: Final = 1 * MIB
 COMPARED_BYTES: Final = 1 * MIB
 
 _KEEP_SIZE: Final = 1
+_GET_FLAGS: Final = 0x80086601  # FS_IOC_GETFLAGS of ioctl_iflags(2), and FS_IOC_SETFLAGS
+_SET_FLAGS: Final = 0x40086602
+_NO_COW: Final = 0x00800000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -80,6 +85,27 @@ def holds_space(directory: Path) -> bool:
     finally:
         os.close(fd)
         path.unlink()
+
+
+def write_in_place(directory: Path) -> bool:
+    """Let what is made in `directory` from now on be written in place on btrfs (chattr +C); whether it now is.
+
+    LMDB has its table of readers mapped for writing. On a full copy-on-write file system a write to a mapped page has
+    nowhere to go, and ends the process (SIGBUS).
+    """
+    if kind_of(directory) != "btrfs":
+        return False
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = bytearray(8)  # the kernel reads and writes an int, whatever the request's number says
+        fcntl.ioctl(fd, _GET_FLAGS, flags)
+        flags[:4] = (int.from_bytes(flags[:4], sys.byteorder) | _NO_COW).to_bytes(4, sys.byteorder)
+        fcntl.ioctl(fd, _SET_FLAGS, bytes(flags))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def sync_directory(path: Path) -> None:

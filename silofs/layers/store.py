@@ -26,7 +26,7 @@ from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
-from silofs.layers.filesystem import free_bytes, on_the_medium, refuse_network, sync_directory
+from silofs.layers.filesystem import free_bytes, on_the_medium, refuse_network, sync_directory, write_in_place
 from silofs.layers.format import Format, read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.held import Held, worst_case
@@ -78,6 +78,7 @@ class Store:
         if data.exists() or (mark.exists() and mark.stat().st_size):
             raise Exists(f"there is a store in {path} already", hint="name another --store, or use this one")
         refuse_network(path)
+        write_in_place(path)
         lock_fd = take_lock(path)
         try:
             if new.exists():
