@@ -301,7 +301,7 @@ def test_an_import_whose_command_goes_away(silofs: Silofs, tmp_path: Path, monke
 
     def put(*args: Any) -> Packed:
         begun.set()
-        time.sleep(0.02)
+        time.sleep(0.2)  # all of it takes longer than a busy machine needs to notice that the command is gone
         return sound(*args)
 
     monkeypatch.setattr(WriteTxn, "put_blocks", put)
