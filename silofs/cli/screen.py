@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from silofs.cli import rates
-from silofs.cli.files import ended_cleanly
 
 Row = dict[str, Any]
 
@@ -32,12 +32,35 @@ def live(store: str, interval_s: float, refresh: Callable[[], Row | str]) -> Non
     from rich.live import Live
 
     with (
-        ended_cleanly(),
+        _signals() as check,
         _keyboard() as pressed,
         Live(_page(store, "", interval_s), console=Console(), screen=True, auto_refresh=False) as shown,
     ):
         while not pressed("q", interval_s):
             shown.update(_page(store, refresh(), interval_s), refresh=True)
+            check()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], None]]:
+    """^C, SIGTERM and SIGHUP raise KeyboardInterrupt; where that gets lost (in a destructor), the function does so."""
+    came = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _page(store: str, found: Row | str, interval_s: float) -> Any:
