@@ -13,7 +13,6 @@ the channel's end: the daemon goes on serving, without anybody who would replace
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import signal
@@ -25,7 +24,7 @@ from typing import Any
 
 import trio
 
-from silofs import __version__, control, limits
+from silofs import __version__, buffers, control, limits
 from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
 from silofs.figures import Figures
@@ -49,7 +48,6 @@ from silofs.verbs import bury
 log = logging.getLogger("silofs.daemon")
 
 SOCKET = "control.sock"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 SESSION_OPTIONS = {"fsname=silofs", "subtype=silofs"}  # the mount's real options are the holder's
 
 
@@ -225,6 +223,7 @@ class Daemon:
             await nursery.start(control.serve, self._store.path / SOCKET, service)
             nursery.start_soon(self._listen)
             nursery.start_soon(self._signals)
+            nursery.start_soon(self._give_back)
             can_resend = "resend" in self._capabilities
             self._session.attach(fuse, can_resend=can_resend, seen=requests.seen, bell=self._engine.bell)
             self._state = "serving"
@@ -290,6 +289,12 @@ class Daemon:
                     self._serving.cancel()
                 self._drain()
 
+    @staticmethod
+    async def _give_back() -> None:
+        while True:
+            await trio.sleep(limits.MEMORY_LOOK_S)
+            await trio.to_thread.run_sync(buffers.give_back)
+
     def _drain(self) -> None:
         if self._draining.is_set():
             return
@@ -354,18 +359,6 @@ def _be_killed_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("0")
 
 
-def _keep_buffers() -> None:
-    """Let malloc keep what requests of up to 1 MiB were read into, instead of mapping it anew for each.
-
-    A fresh mapping costs 256 page faults a request. And while the kernel faults a buffer in to copy a request there, a
-    SIGKILL of this process ends that request with EIO; into memory that is there it copies without looking at signals.
-    """
-    with suppress(OSError, AttributeError):  # another C library has its own ways
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * limits.MIB)  # the most that glibc takes
-        libc.mallopt(M_TRIM_THRESHOLD, 64 * limits.MIB)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="silofs-daemon")
     parser.add_argument("--store", required=True)
@@ -379,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("trio.serve_listeners").addFilter(_Seldom())
     _be_killed_first()
-    _keep_buffers()
+    buffers.keep()
     os.set_inheritable(args.session, False)
     return trio.run(Daemon(args).run)
 

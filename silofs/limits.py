@@ -72,6 +72,9 @@ WARM_OBJECTS = 65536  # objects believed to be in memory, 124 KiB of pages each:
 WARM_S = 30.0  # what nobody read for this long may have left the page cache: a thread touches it first
 FETCHED_PAGES = 2048  # pages that came from a peer and are not in the store yet: 8 MiB
 
+MEMORY_KEPT_BYTES = 256 * MIB  # of the daemon's own; what malloc keeps free beyond that is returned ...
+MEMORY_LOOK_S = 15.0  # ... when it is looked at, this often
+
 # FUSE
 FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another
 DAMAGE_TOLD_MAX = 1000  # different damages that a daemon logs
