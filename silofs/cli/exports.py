@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from silofs.cli.client import Gone
-from silofs.cli.files import beside, ended_cleanly, partial, publish
+from silofs.cli.files import beside, ended_cleanly, part_of, partial, publish
 from silofs.cli.output import App
 from silofs.cli.runner import call
 from silofs.cli.sizes import parse_snapshot, parse_target, show_size
@@ -91,13 +91,18 @@ def _to_image(app: App, args: dict[str, Any], file: Path, kind: str) -> dict[str
 
 
 def _to_stream_file(app: App, args: dict[str, Any], file: Path) -> dict[str, Any]:
-    hint = f"run it again: it goes on after what is in {file}.part"
     try:
         with ended_cleanly(), partial(file) as (fd, path):
             fields = call(app.store, "export_stream", args, fds=[fd], progress=app.progress)
             publish(path, file)
     except KeyboardInterrupt:
-        raise Interrupted("the export was stopped", hint=hint) from None
+        raise Interrupted("the export was stopped", hint=_again(file)) from None
     except Gone as error:
-        raise TryAgain(error.message, hint=hint) from error
+        raise TryAgain(error.message, hint=_again(file)) from error
     return fields
+
+
+def _again(file: Path) -> str:
+    """What a second run of an export that did not come to its end will do."""
+    kept = part_of(file)
+    return f"run it again: it goes on after what is in {kept}" if kept.exists() else "nothing was left: run it again"

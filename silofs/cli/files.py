@@ -58,10 +58,15 @@ def publish(temporary: Path, file: Path) -> None:
         os.close(directory)
 
 
+def part_of(file: Path) -> Path:
+    """Where an export that did not come to its end has left what it has."""
+    return file.parent / f"{file.name[:240]}.part"
+
+
 @contextlib.contextmanager
 def partial(file: Path) -> Iterator[tuple[int, Path]]:
     """What there is of `file` so far, under a name beside it, to be continued and kept until it is whole."""
-    path = file.parent / f"{file.name[:240]}.part"
+    path = part_of(file)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:

@@ -327,3 +327,16 @@ def test_what_the_store_has_is_not_stored_again(silofs: Silofs, tmp_path: Path) 
     assert got["bytes_shared"] > SIZE * 15 // 16  # type: ignore[operator]  # the rest did not fill a container
     assert there.ok("check", "--read-data")["damaged"] == 0
     assert (there.path / "data" / "data.mdb").stat().st_size < before + SIZE // 8
+
+
+def test_what_is_said_of_an_export_that_was_stopped(tmp_path: Path) -> None:
+    """A part is spoken of only where there is one."""
+    from silofs.cli.exports import _again
+    from silofs.cli.files import partial
+
+    with partial(tmp_path / "full.st"):
+        pass
+    assert ".part" not in _again(tmp_path / "full.st")
+    with partial(tmp_path / "full.st") as (fd, _):
+        os.write(fd, b"begun")
+    assert str(tmp_path / "full.st.part") in _again(tmp_path / "full.st")
