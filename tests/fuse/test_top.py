@@ -83,8 +83,18 @@ def test_top_once_is_one_table_over_one_interval(mount: Mount) -> None:
 def _top(mount: Mount, *arguments: str) -> subprocess.Popen[str]:
     command = [Path(sys.executable).parent / "silofs", "top", *arguments]
     return subprocess.Popen(
-        command, env=mount.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        env=mount.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=_hear_interrupts,
     )
+
+
+def _hear_interrupts() -> None:
+    """Whoever runs the tests in the background of a shell has SIGINT ignored, and so have its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _line(process: subprocess.Popen[str]) -> str:
@@ -108,6 +118,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )
 
     def __enter__(self) -> Terminal:

@@ -22,6 +22,7 @@ echo "READ $(head -c {BYTES} /dev/vda | sha256sum)"
 """
 
 
+@pytest.mark.timeout(1200)  # an emulated guest fills a disk: minutes on a slow machine
 def test_a_full_store_pauses_the_guest_and_cont_goes_on(tmp_path: Path) -> None:
     initrd = build_initrd(tmp_path / "initrd", JOB)
     with small("ext4", 600, tmp_path) as place, Mount(place / "host") as mount:
