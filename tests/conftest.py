@@ -33,11 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart() -> None:
-    """The C extension is built as an installation builds it, where it is not there or older than its source."""
+    """The C libraries are built as an installation builds them, where one is not there or older than its source."""
     root = Path(__file__).parents[1]
-    source = root / "silofs/mount/extension/dispatch.c"
-    library = source.with_suffix(".so")
-    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+    sources = [root / "silofs/mount/extension/dispatch.c", root / "silofs/layers/native/objects.c"]
+    libraries = [source.with_suffix(".so") for source in sources]
+    if any(
+        not library.exists() or library.stat().st_mtime < source.stat().st_mtime
+        for source, library in zip(sources, libraries, strict=True)
+    ):
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=root, check=True)
 
 
