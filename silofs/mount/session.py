@@ -6,7 +6,9 @@ holder checks or forwards the answer. Then the real descriptor is put in the soc
 again: phase two, requests.
 
 Two things are replaced in pyfuse3's loop, both by attributes of its module. It waits in epoll for every single request,
-which costs more than serving one; `_Polled` asks the descriptor first. And every wait is where a drain is noticed.
+which costs more than serving one; `_Polled` asks the descriptor first, and for a moment again and again: a client that
+waits for each answer has its next request there before a sleeping thread would be awake (docs/decisions/spinning.md).
+And every wait is where a drain is noticed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import select
 import sys
 from collections.abc import Awaitable, Callable
+from time import perf_counter_ns
 
 import pyfuse3
 import trio
@@ -135,7 +138,7 @@ class _Polled:
     nothing would end the loop.
     """
 
-    __slots__ = ("_bell", "_draining", "_fd", "_own", "_poll", "_poll_both", "_seen", "_taken")
+    __slots__ = ("_bell", "_draining", "_fd", "_own", "_poll", "_poll_both", "_rest", "_seen", "_taken")
 
     def __init__(
         self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool], seen: Seen | None, bell: Bell
@@ -153,13 +156,14 @@ class _Polled:
         self._draining = draining
         self._seen = seen
         self._taken = 0
+        self._rest = limits.FUSE_SPIN_REST  # waits before it is worth another try to spin
 
     async def wait(self) -> bool:
         """True when a request (or the end of the mount) can be read, False to end this task."""
         if self._draining():
             return False
         taken = self._taken + 1
-        if taken < limits.FUSE_POLL_BURST and self._poll(0):
+        if taken < limits.FUSE_POLL_BURST and (self._poll(0) or self._spin()):
             self._taken = taken
             return True
         if self._seen is not None and self._seen(self._taken, taken < limits.FUSE_POLL_BURST):
@@ -172,6 +176,20 @@ class _Polled:
                 return False
             if self._poll(0):
                 return True
+        return False
+
+    def _spin(self) -> bool:
+        """Whether a request came within a moment. What else the loop has to do waits as long, BURST times at most."""
+        if self._rest:
+            self._rest -= 1
+            return False
+        if self._bell.expected:
+            return False
+        until = perf_counter_ns() + limits.FUSE_SPIN_NS
+        while perf_counter_ns() < until:
+            if self._poll(0):  # lets go of Python's lock each time
+                return True
+        self._rest = limits.FUSE_SPIN_REST
         return False
 
     async def _wait_both(self) -> bool:
