@@ -25,6 +25,11 @@ HELD_AHEAD_BYTES = 64 * MIB  # allocated for writes that are still to come, when
 HELD_RESERVE_BYTES = 16 * MIB  # of what is held that only deletes, the cleaner and ownership records may use
 SPACE_FLOOR_BYTES = 64 * MIB  # the same of the whole file system, where space cannot be held
 VOID_LEAVES = 256  # of a volume, zeroed in one commit by changing each; whole leaves beyond become void
+CELL_OBJECTS_MIN = 8  # objects stored at a time (1 MiB) that go to cells: fewer are not worth another fdatasync
+CELLS_FLOOR_BYTES = 128 * MIB  # of the file system that cells leave to LMDB, whose space is held
+CELLS_KEPT = 1024  # free cells that keep their blocks (128 MiB), to be used again; others are punched
+CELLS_PUNCHED = 64  # ranges of them in one commit
+CELLS_RETRY_S = 60.0  # after cells could not be written
 REOPEN_BYTES = 512 * MIB  # at either end of the data file, compared with the disk after an error of LMDB
 
 # The write log (memfd ring) and commits

@@ -193,6 +193,8 @@ TABLE: Final = (
     _gauge("store_file_bytes", "Length of the data file.", _one("store.file_bytes")),
     _gauge("store_used_bytes", "Up to where the data file is in use.", _one("store.used_bytes")),
     _gauge("store_unused_bytes", "Free inside the data file, and used again.", _one("store.unused_bytes")),
+    _gauge("store_cells_bytes", "Blocks of the file of cells.", _one("store.cells_bytes")),
+    _gauge("store_free_cells_bytes", "Of these what no object is in, used again.", _one("store.free_cells_bytes")),
     _gauge("store_free_bytes", "Free on the file system of the store.", _one("store.free_bytes")),
     _gauge("store_available_bytes", "What can still be written, as statfs(2) says.", _one("store.available_bytes")),
     _gauge("store_map_bytes", "Address space of the memory map.", _one("store.map_bytes")),

@@ -7,6 +7,7 @@ damage; and where nothing names it, "there is none" is said only after the table
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import lmdb
@@ -82,6 +83,11 @@ class CatalogReader:
     def mark_loop(self) -> memoryview:
         """Where the event loop says which object it reads, by view: see Notes."""
         return self._notes.mark_loop()
+
+    @property
+    def data_file(self) -> Path:
+        """LMDB's file; that of cells is beside it."""
+        return self._environment.data_file
 
     @property
     def map_bytes(self) -> int:

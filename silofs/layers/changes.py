@@ -276,6 +276,7 @@ class Changes(ContainerChanges):
     def finish(self) -> None:
         """Write what was kept back. The last step before the commit."""
         self.settle()
+        self.settle_cells()
         for (layer_id, chunk), bitmap in self._changed_bitmaps.items():
             key = schema.leaf_key(layer_id, chunk)
             total = 0

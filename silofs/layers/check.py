@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from silofs.errors import Damaged
 from silofs.layers import catalog, leaves, presence, schema
 from silofs.layers.catalog import Layer, Merge, Ownership, Pin, R, Snapshot, State, Value, Volume
 from silofs.layers.catalog_reader import verify_catalog
+from silofs.layers.check_cells import CellChecker
 from silofs.layers.check_containers import ContainerChecker
 from silofs.layers.objects import read_live
 from silofs.layers.reader import ReadTxn
@@ -74,11 +76,12 @@ class _Checker:
         self._lone: set[int] = set()
         self._uncovered: dict[int, int] = {}  # layer -> data pages that are void there, and counted still
         self._containers = ContainerChecker(txn, self._report)
+        self._cells = CellChecker(txn, self._report)
 
     def run(self, read_data: bool) -> None:
         steps: list[Callable[[], None]] = [
             self._quarantine, self._counts, self._catalog, self._tree, self._live_records, self._leaf_records,
-            self._void_records, self._objects, self._containers.check, self._data_pages,
+            self._void_records, self._objects, self._cells.check, self._containers.check, self._data_pages,
         ]  # fmt: skip
         if read_data:
             steps += [self._data, self._containers.read]
@@ -372,14 +375,24 @@ class _Checker:
         expected = {
             (group << LIVE_SHIFT) + at for group, row in self._live.items() for at in np.flatnonzero(row).tolist()
         }
-        for table, ids in ((schema.OBJECT, expected), (schema.PAGES, self._lone), (schema.NAME, expected | self._lone)):
-            found = {schema.KEY.unpack(key)[0] for key in self._txn.scan_keys(table)}
-            for object_id in sorted(found - ids):
-                self._report("object", f"record {object_id} of table {table.name} is used by nothing")
-            for object_id in sorted(ids - found):
+        inline, in_cells = self._used(schema.OBJECT, expected), self._used(schema.CELL, expected)
+        lone, names = self._used(schema.PAGES, self._lone), self._used(schema.NAME, expected | self._lone)
+        for object_id in sorted(inline & in_cells):
+            self._report("cell", f"object {object_id} is in a cell and in table {schema.OBJECT.name} as well")
+        for object_id in sorted(expected - inline - in_cells):
+            self._report("object", f"object {object_id} is missing")
+        for table, missing in ((schema.PAGES, self._lone - lone), (schema.NAME, (expected | self._lone) - names)):
+            for object_id in sorted(missing):
                 self._report("object", f"record {object_id} of table {table.name} is missing")
-            if found and max(found) >= self._state.next_object:
-                self._report("counter", f"an id in table {table.name} was never given out")
+
+    def _used(self, table: Table, ids: set[int]) -> set[int]:
+        """The ids in a table; those that are not among `ids`, or that cannot be, are reported."""
+        found = {schema.KEY.unpack(key)[0] for key in self._txn.scan_keys(table)}
+        for object_id in sorted(found - ids):
+            self._report("object", f"record {object_id} of table {table.name} is used by nothing")
+        if found and max(found) >= self._state.next_object:
+            self._report("counter", f"an id in table {table.name} was never given out")
+        return found
 
     def _data_pages(self) -> None:
         """The counts of data pages, resolved."""
@@ -402,7 +415,7 @@ class _Checker:
 
     def _data(self) -> None:
         """The bytes: headers of objects, checksums of live pages."""
-        for key in self._txn.scan_keys(schema.OBJECT):
+        for key in chain(self._txn.scan_keys(schema.OBJECT), self._txn.scan_keys(schema.CELL)):
             object_id = schema.KEY.unpack(key)[0]
             try:
                 value = self._txn.object(object_id)

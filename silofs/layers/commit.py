@@ -14,16 +14,14 @@ from typing import Generic, TypeVar
 
 import lmdb
 import numpy as np
-import numpy.typing as npt
 
-from silofs.blocks import PAGE, ZERO_PAGE, pages_for
+from silofs.blocks import ZERO_PAGE, pages_for
 from silofs.errors import Busy, Damaged
 from silofs.extents import Extents
 from silofs.layers import schema
 from silofs.layers.catalog import Volume
-from silofs.layers.changes import Numbers
 from silofs.layers.heads import HeadWriter
-from silofs.layers.native import Source
+from silofs.layers.native import Source, zero_pages
 from silofs.layers.pending import Patch, Pending
 from silofs.layers.schema import Refs
 from silofs.layers.transaction import RunAgain, WriteTxn
@@ -123,7 +121,8 @@ def _apply(writer: HeadWriter, txn: WriteTxn, pending: Pending, ring: memoryview
     order = order[: np.searchsorted(numbers, end_page, sorter=order)]  # a shrunk volume has no pages beyond its size
     if len(order):
         numbers, positions = numbers[order], positions[order]
-        writer.write(numbers, Source(ring, positions), _zero_pages(positions, ring))
+        source = Source(ring, positions)
+        writer.write(numbers, source, zero_pages(source))
 
 
 def _apply_patches(writer: HeadWriter, txn: WriteTxn, patches: dict[int, Patch], ring: memoryview) -> None:
@@ -141,15 +140,6 @@ def _apply_patches(writer: HeadWriter, txn: WriteTxn, patches: dict[int, Patch],
         numbers = np.fromiter(rendered, np.int64, len(rendered))
         zero = np.array([page == ZERO_PAGE for page in rendered.values()], np.bool_)
         writer.write(numbers, Source.of(list(rendered.values())), zero)
-
-
-def _zero_pages(positions: Numbers, ring: memoryview) -> npt.NDArray[np.bool_]:
-    """Which of the pages at those ring positions are all zero. Mostly their first byte tells that they are not."""
-    zero = np.asarray(np.frombuffer(ring, np.uint8)[positions] == 0)
-    for index in np.flatnonzero(zero & (positions >= 0)).tolist():
-        at = int(positions[index])
-        zero[index] = ring[at : at + PAGE].tobytes() == ZERO_PAGE
-    return zero
 
 
 def _render(writer: HeadWriter, txn: WriteTxn, page: int, patch: Patch, ring: memoryview) -> bytes | None:

@@ -17,6 +17,8 @@ from lmdb import verify
 
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
+from silofs.layers.cell_map import CellMap
+from silofs.layers.cells import CellFile
 from silofs.layers.held import Held
 from silofs.layers.notes import Note, Notes
 from silofs.layers.quarantine import Quarantine
@@ -56,6 +58,8 @@ class Environment:
         self.notes.writer.go_through(0)
         self.unpacked = UnpackedBlocks(UNPACKED_BLOCKS)
         self.map_bytes = map_bytes or _map_bytes(path)
+        self.cells = CellFile(path, map_bytes=_map_bytes(path))
+        self.free_cells: CellMap | None = None  # the writer's; without it no cell is written to
         try:
             self.lmdb = lmdb.Environment(
                 str(path),
@@ -68,6 +72,7 @@ class Environment:
                 mode=0o600,
             )
         except lmdb.Error as error:
+            self.cells.close()
             raise StoreError(f"{self.data_file} cannot be opened: {error}") from error
         try:
             self.lmdb.reader_check()
@@ -78,7 +83,7 @@ class Environment:
                 if table.since <= version
             }
         except lmdb.Error as error:
-            self.lmdb.close()
+            self.close()
             raise BadFormat(f"{self.data_file} is not a whole store: {error}") from error
         self.notes.writer.clear()
 
@@ -124,10 +129,29 @@ class Environment:
         """Up to where the newest commit uses the file."""
         return int(self.lmdb.info()["last_pgno"] + 1) * PAGE
 
+    def take_cells(self, count: int) -> list[int]:
+        """So many free cells, fewer if there are not as many or the file system has no room for them. CellsFailed.
+
+        The writer's thread.
+        """
+        file, free = self.cells, self.free_cells
+        if free is None or not count or not file.takes:
+            return []
+        room = file.has_room(count)
+        if not room and self.held.holds is False:
+            return []  # what is written there anew needs new blocks as well
+        if room and free.free < count:
+            free.grow(file.grow())
+        return free.take(count, hollow=room)
+
     def oldest_reader(self) -> int:
         """The oldest transaction that any reader of any process sees; a large number when nobody reads."""
         found = re.findall(r"^\s*\d+\s+\S+\s+(\d+)$", self.lmdb.readers(), re.MULTILINE)
         return min(map(int, found), default=1 << 62)
+
+    def newest(self) -> int:
+        """The newest transaction that has landed."""
+        return int(self.lmdb.info()["last_txnid"])
 
     def grow(self) -> bool:
         """Double the map. Only while no transaction is open; False at the limit."""
@@ -139,6 +163,7 @@ class Environment:
 
     def close(self) -> None:
         self.lmdb.close()
+        self.cells.close()
 
 
 def _map_bytes(path: Path) -> int:

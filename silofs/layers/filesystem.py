@@ -25,6 +25,7 @@ PROBE_BYTES: Final = 1 * MIB
 COMPARED_BYTES: Final = 1 * MIB
 
 _KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
 _GET_FLAGS: Final = 0x80086601  # FS_IOC_GETFLAGS of ioctl_iflags(2), and FS_IOC_SETFLAGS
 _SET_FLAGS: Final = 0x40086602
 _NO_COW: Final = 0x00800000
@@ -68,6 +69,13 @@ def allocate(fd: int, offset: int, length: int) -> int:
     """Allocate blocks without changing the file's size, as posix_fallocate cannot; 0, or the number of the error."""
     done = _libc.fallocate(fd, _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length))
     return 0 if done == 0 else ctypes.get_errno()
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Give the blocks of a range back; it reads as zeros then, and the file stays as long as it is. OSError."""
+    if _libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def holds_space(directory: Path) -> bool:

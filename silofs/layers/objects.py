@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from silofs.errors import Damaged
 from silofs.layers import schema
+from silofs.layers.cell_changes import CellChanges
 from silofs.layers.environment import Environment
 from silofs.layers.native import Source, build_objects
-from silofs.layers.puts import Puts
 from silofs.layers.schema import Buffer, Refs, Table
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _LIVE_ROW: Final = np.dtype("<u4")
 Masks = npt.NDArray[np.uint32]
 
 
-class ObjectChanges(Puts):
+class ObjectChanges(CellChanges):
     """Stores pages and releases them."""
 
     def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview]) -> None:
@@ -69,27 +69,36 @@ class ObjectChanges(Puts):
     def _put_objects(self, layers: int | Sequence[int], pages: Sequence[int], source: Source) -> Refs:
         """Store pages of one layer, or with a layer for each, 31 to an object; their references."""
         refs = np.empty(len(pages), np.uint64)
-        object_id = self._counters.next_object
-        step = OBJECTS_AT_ONCE * schema.OBJECT_PAGES
-        values = bytearray(min(OBJECTS_AT_ONCE, -(-len(pages) // schema.OBJECT_PAGES)) * schema.OBJECT_BYTES)
-        with memoryview(values) as built:
-            for batch in range(0, len(pages), step):
-                build_objects(values, object_id, Source(source.base, source.at[batch : batch + step]))
-                for at in range(batch, min(batch + step, len(pages)), schema.OBJECT_PAGES):
-                    some = slice(at, at + schema.OBJECT_PAGES)
-                    numbers = pages[some]
-                    key = schema.KEY.pack(object_id)
-                    start = (at - batch) // schema.OBJECT_PAGES * schema.OBJECT_BYTES
-                    self._put(schema.OBJECT, key, built[start : start + schema.OBJECT_BYTES], append=True)
-                    name = schema.object_name(key, layers if isinstance(layers, int) else layers[some], numbers)
-                    self._put(schema.NAME, key, name, append=True)
-                    self._new_objects[object_id] = (1 << len(numbers)) - 1
-                    first = schema.ref(schema.DATA, object_id)
-                    refs[some] = np.arange(first, first + len(numbers) * schema.SLOT_STEP, schema.SLOT_STEP)
-                    object_id += 1
+        first_id = object_id = self._counters.next_object
+        in_cells = self._put_in_cells(first_id, source)
+        inline = Source(source.base, source.at[in_cells * schema.OBJECT_PAGES :])
+        self._put_in_lmdb(first_id + in_cells, inline)
+        for at in range(0, len(pages), schema.OBJECT_PAGES):
+            some = slice(at, at + schema.OBJECT_PAGES)
+            numbers = pages[some]
+            key = schema.KEY.pack(object_id)
+            name = schema.object_name(key, layers if isinstance(layers, int) else layers[some], numbers)
+            self._put(schema.NAME, key, name, append=True)
+            self._new_objects[object_id] = (1 << len(numbers)) - 1
+            first = schema.ref(schema.DATA, object_id)
+            refs[some] = np.arange(first, first + len(numbers) * schema.SLOT_STEP, schema.SLOT_STEP)
+            object_id += 1
         assert object_id <= schema.OBJECT_ID_MAX
         self.count(next_object=object_id)
         return refs
+
+    def _put_in_lmdb(self, object_id: int, source: Source) -> None:
+        """Store objects as records, some at a time."""
+        step = OBJECTS_AT_ONCE * schema.OBJECT_PAGES
+        values = bytearray(min(OBJECTS_AT_ONCE, -(-len(source.at) // schema.OBJECT_PAGES)) * schema.OBJECT_BYTES)
+        with memoryview(values) as built:
+            for batch in range(0, len(source.at), step):
+                some = Source(source.base, source.at[batch : batch + step])
+                build_objects(values, object_id, some)
+                for number in range(-(-len(some.at) // schema.OBJECT_PAGES)):
+                    value = built[number * schema.OBJECT_BYTES : (number + 1) * schema.OBJECT_BYTES]
+                    self._put(schema.OBJECT, schema.KEY.pack(object_id), value, append=True)
+                    object_id += 1
 
     def rehome(self, layer_id: int, pages: Sequence[int], refs: Refs) -> None:
         """Objects and lone pages are from now on those of a layer's entries; other kinds are ignored."""
@@ -122,7 +131,7 @@ class ObjectChanges(Puts):
     def _remove(self, table: Table, key: bytes) -> bool:
         """Remove what nothing refers to any more; what the medium cannot give stays where it is."""
         try:
-            return self._delete(table, key)
+            return self._remove_object(key) if table is schema.OBJECT else self._delete(table, key)
         except Damaged as error:
             log.error("%s; it keeps its space", error)
             return True

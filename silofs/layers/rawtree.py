@@ -35,13 +35,14 @@ _DEPTH_MAX: Final = 32
 class Unreadable(NamedTuple):
     """A page that cannot be read, and the keys of a table for which it is needed: from `low` up to, not with, `high`.
 
-    `high` is None when there is none above.
+    `high` is None when there is none above. The page is one of LMDB's file, or of the file of cells (`in_cells`).
     """
 
     table: str
     low: bytes
     high: bytes | None
     page: int
+    in_cells: bool = False
 
 
 class _Node(NamedTuple):
@@ -123,6 +124,18 @@ class RawTree:
                 if node.key == key and node.elsewhere:
                     yield from self._value(table, node)
             return
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """The value of a record, not verified; None when there is none, or it cannot be had."""
+        number, _ = self._root(table)
+        for _ in range(_DEPTH_MAX):
+            raw = self.page(number) if number != _NONE else None
+            kind, nodes = _parse(raw) if raw is not None else (0, [])
+            if kind != _BRANCH:
+                found = next((node for node in nodes if node.key == key), None)
+                return None if found is None else self._whole(found) if found.elsewhere else found.value
+            number = max((index, node.child) for index, node in enumerate(nodes) if not index or node.key <= key)[1]
+        return None
 
     def all_of(self, table: str) -> Iterator[Unreadable]:
         """Every page of a table's tree that cannot be read, values in pages of their own not looked at."""

@@ -225,8 +225,12 @@ class ReadTxn(BitmapReader):
         return found if seen == pages else None
 
     def object(self, object_id: int) -> memoryview:
-        """An object's whole value, not verified: schema.object_page does that for a page. ObjectMissing."""
-        value = self.fetch(schema.OBJECT, schema.KEY.pack(object_id))
+        """An object's whole value, not verified: schema.object_page does that for a page. ObjectMissing, Damaged."""
+        key = schema.KEY.pack(object_id)
+        cell = self.fetch(schema.CELL, key)
+        if cell is not None:
+            return self._environment.cells.object(schema.open_cell(key, cell))
+        value = self.fetch(schema.OBJECT, key)
         if value is None:
             raise ObjectMissing(f"object {object_id} is missing")
         return value
@@ -296,7 +300,7 @@ class ReadTxn(BitmapReader):
 
     def stored_bytes(self) -> int:
         """What pages take in the store: objects, containers and lone pages, without their records. Constant cost."""
-        large = self.entries(schema.OBJECT) + self.entries(schema.CONTAINER)
+        large = sum(map(self.entries, (schema.OBJECT, schema.CELL, schema.CONTAINER)))
         return large * schema.OBJECT_BYTES + self.entries(schema.PAGES) * PAGE
 
     def pins(self, layer_id: int) -> list[Pin]:

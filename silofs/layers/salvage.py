@@ -14,6 +14,7 @@ from typing import Final
 from silofs.errors import BadFormat, Damaged
 from silofs.layers import catalog, containers, schema
 from silofs.layers.catalog import R
+from silofs.layers.rawcells import RawCells
 from silofs.layers.rawtree import RawTree
 from silofs.layers.schema import Table
 
@@ -24,11 +25,16 @@ _TELLING: Final = (schema.META, schema.VOLUME, schema.LAYER)
 
 
 class Salvage:
-    """One data file. `damaged` counts records that were found and are not sound, by table."""
+    """One data file, and the file of cells beside it. `damaged` counts what was found and is not sound, by table."""
 
     def __init__(self, data_file: Path) -> None:
         """BadFormat when nothing leads to any record: what could be made of that would be an empty store."""
-        self._tree = RawTree(data_file)
+        self._cells = RawCells(data_file)
+        try:
+            self._tree = RawTree(data_file)
+        except BaseException:
+            self._cells.close()
+            raise
         self.newest_known = self._tree.newest_known
         self.damaged: dict[str, int] = {}
         if not self._tree.headers or not any(any(self._tree.records(table.name)) for table in _TELLING):
@@ -40,10 +46,31 @@ class Salvage:
 
     def close(self) -> None:
         self._tree.close()
+        self._cells.close()
 
     def records(self, table: Table) -> Iterator[tuple[bytes, bytes]]:
-        """(key, value) of every record that is what its checksum says, ascending as they are stored."""
-        for key, value in self._tree.records(table.name):
+        """(key, value) of every record that is what its checksum says, ascending as they are stored.
+
+        Objects in cells come as records of `object`, after those that are some.
+        """
+        yield from self._sound(table, self._tree.records(table.name))
+        if table is schema.OBJECT:
+            yield from self._sound(table, self._objects_in_cells())
+
+    def _objects_in_cells(self) -> Iterator[tuple[bytes, bytes]]:
+        """(id, bytes) of every object that a sound record leads to; not of those that the file does not have."""
+        missing = 0
+        for key, value in self._sound(schema.CELL, self._tree.records(schema.CELL.name)):
+            cell = schema.open_cell(key, value)
+            if cell * schema.CELL_BYTES < self._cells.size:
+                yield key, self._cells.object(cell)
+            else:
+                missing += 1
+        if missing:
+            log.warning("%d objects were in cells that %s does not have", missing, self._cells.path)
+
+    def _sound(self, table: Table, records: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in records:
             try:
                 _verify(table, key, value)
             except Damaged as error:
@@ -75,5 +102,7 @@ def _verify(table: Table, key: bytes, value: bytes) -> None:
     elif table is schema.PAGES:
         if len(value) != schema.LONE_BYTES:
             raise Damaged(f"lone page {key.hex()} has a wrong length")
+    elif table is schema.CELL:
+        schema.open_cell(key, value)
     else:
         schema.open_record(table, key, value)

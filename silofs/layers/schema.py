@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 from silofs.blocks import PAGE
 from silofs.errors import Damaged
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 ENGINE: Final = "lmdb-0.9"  # which of the engines that py-lmdb bundles wrote the file: they cannot read each other's
 ENGINE_MAJOR: Final = 0  # as lmdb.open(lib_version=) wants it
 
@@ -72,10 +72,12 @@ USER: Final = Table("user", 24, key_bytes=24, since=2)
 BLOCK: Final = Table("block", 25, key_bytes=32, since=2)
 MERGE: Final = Table("merge", 26, counted=True, key_bytes=8, since=2)
 VOID: Final = Table("void", 27, key_bytes=16, since=2)
+CELL: Final = Table("cell", 28, key_bytes=8, since=3)
+CELL_MAP: Final = Table("cell_map", 29, counted=True, key_bytes=8, since=3)
 
 TABLES: Final = (
     META, OBJECT, PAGES, NAME, LIVE, LEAF, LEAF_SUM, PRESENCE, VOID, VOLUME, VOLUME_NAME, LAYER, LAYER_UUID, SNAPSHOT,
-    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST, CONTAINER, USE, USER, BLOCK, MERGE,
+    OWNERSHIP, PIN, DOOMED, PEER, MIGRATION, OUTBOX, HOST, REQUEST, CONTAINER, USE, USER, BLOCK, MERGE, CELL, CELL_MAP,
 )  # fmt: skip
 VALUE_TABLES: Final = {table.name: table for table in (PEER, MIGRATION, OUTBOX, HOST)}
 
@@ -230,6 +232,29 @@ def object_page(object_id: int, slot: int, value: memoryview) -> memoryview:
         if xxh3_64_intdigest(page, object_id << 8 | slot) == U64.unpack_from(value, SUMS_AT + 8 * slot)[0]:
             return page
     raise Damaged(f"page {slot} of object {object_id} does not match its checksum")
+
+
+# Cells: places of one size in a file beside LMDB's, for an object each, which lies behind a pad of 16 bytes so that its
+# pages are aligned there as well. Which cell an object has, by its id; which cells are in use, 1 GiB to a record.
+
+CELL_PAD: Final = 16
+CELL_BYTES: Final = CELL_PAD + OBJECT_BYTES
+MAP_SHIFT: Final = 13
+MAP_CELLS: Final = 1 << MAP_SHIFT
+MAP_BYTES: Final = MAP_CELLS // 8
+
+
+def cell_record(key: bytes, cell: int) -> bytes:
+    """The record that says which cell an object has."""
+    return seal_record(CELL, key, U64.pack(cell))
+
+
+def open_cell(key: bytes, value: Buffer) -> int:
+    """The cell of an object."""
+    payload = open_record(CELL, key, value)
+    if len(payload) != U64.size:
+        raise Damaged(f"cell record {key.hex()} has a wrong length")
+    return int(U64.unpack(payload)[0])
 
 
 # Lone pages: the first 4080 bytes are the record (with LMDB's 16 exactly one page); the rest is in the name.

@@ -1,8 +1,8 @@
 """A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
 
-    STORE/lock        flock, held as long as anyone uses the store; says that this is one
-    STORE/data/       the LMDB environment
-    STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
+STORE/lock        flock, held as long as anyone uses the store; says that this is one
+STORE/data/       the LMDB environment, and beside it the file of cells (silofs/layers/cells.py)
+STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreB
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
+from silofs.layers.cell_changes import free_cells
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
 from silofs.layers.filesystem import free_bytes, on_the_medium, refuse_network, sync_directory, write_in_place
@@ -36,6 +37,7 @@ from silofs.layers.quarantine import Quarantine, describe, learn
 from silofs.layers.reader import ReadTxn
 from silofs.layers.replay import recover_journal
 from silofs.layers.rewrite import Budget, Policy, Stepped, take
+from silofs.layers.schema import CELL_BYTES
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.writer import Writer
@@ -107,7 +109,7 @@ class Store:
     ) -> Store:
         """Open a store. `lock_fd`: a description that already holds the lock, to be kept open by its owner.
 
-        NoStore, StoreLocked, BadFormat (unknown version, cut short, or its data file is gone), Unsupported (on a
+        NoStore, StoreLocked, BadFormat (unknown version, or a file of it is cut short or gone), Unsupported (on a
         network file system). Nothing is made here, but a store of an older version becomes one of this version.
         Damaged when the catalog is not the one last written; `verify=False` opens it all the same, for `check`.
         StoreBroken when the medium cannot give a page without which nothing can be done.
@@ -128,8 +130,13 @@ class Store:
                 upgrade(data, found)
             environment = Environment(data, map_bytes=map_bytes, notes=notes)
             if verify:
-                with ReadTxn(environment) as txn:
-                    verify_catalog(txn)
+                try:
+                    with ReadTxn(environment) as txn:
+                        verify_catalog(txn)
+                        environment.free_cells = free_cells(txn, environment)
+                except BaseException:
+                    environment.close()  # a map is not to stay as long as the error does
+                    raise
         except BaseException:
             if own_fd >= 0:
                 os.close(own_fd)
@@ -283,10 +290,16 @@ class Store:
             self._environment = Environment(data, held=self.held, notes=self._environment.notes)
             with ReadTxn(self._environment) as txn:
                 verify_catalog(txn)
+                self._environment.free_cells = free_cells(txn, self._environment)
             self._start_writer()  # commits once
             self.write(lambda txn: txn.count(opens=txn.state.opens))
         except (lmdb.Error, OSError, SiloError) as error:
             raise StoreBroken(f"the store cannot be reopened: {error}") from error
+
+    def _free_cells_bytes(self) -> int:
+        """Blocks of cells that nothing is in; as much as the file has, when no more is known after a start."""
+        cells, free = self._environment.cells, self._environment.free_cells
+        return 0 if free is None else min(free.solid * CELL_BYTES, cells.stored_bytes)
 
     def statistics(self) -> dict[str, int]:
         """Figures for status and metrics; bytes, pages and counts."""
@@ -296,6 +309,8 @@ class Store:
         return {
             "file_bytes": (self._environment.path / DATA_FILE).stat().st_size,
             "used_bytes": (info["last_pgno"] + 1) * 4096,
+            "cells_bytes": self._environment.cells.stored_bytes,
+            "free_cells_bytes": self._free_cells_bytes(),
             "map_bytes": self._environment.map_bytes,
             "unused_bytes": self._writer.unused_bytes,
             "free_bytes": free_bytes(self._environment.path),
@@ -383,7 +398,8 @@ def take_lock(path: Path) -> int:
 def _drop_cache(data_file: Path) -> None:
     """Let the next reads come from the disk: after a failed write the page cache shows what never got there.
 
-    A page that somebody else maps stays in the cache; so the two are compared, in a large file its ends.
+    A page that somebody else maps stays in the cache; so the two are compared, in a large file its ends. The file of
+    cells is not: a commit does not begin before its cells are durable, and one whose cells failed refers to none.
     """
     with data_file.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import lmdb
 
 from silofs.errors import Damaged, SiloError, StoreBroken, StoreFull
+from silofs.layers.cells import CellsFailed
 from silofs.layers.environment import Environment
 from silofs.layers.filesystem import free_bytes
 from silofs.layers.gate import Gate
@@ -27,7 +28,7 @@ from silofs.layers.transaction import RunAgain, WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.warm import WarmLeaves
 from silofs.layers.writeback import Writeback
-from silofs.limits import MIB, WRITER_LEAVES
+from silofs.limits import CELLS_KEPT, CELLS_PUNCHED, MIB, WRITER_LEAVES
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Writer:
         self.unused_bytes = 0  # of the file, as of the last commit
         self.commits = 0
         self.commit_seconds = 0.0
+        self._told = False  # that blocks of cells cannot be given back
         self._thread = threading.Thread(target=self._run, name="silofs-writer", daemon=True)
         self._thread.start()
 
@@ -92,7 +94,7 @@ class Writer:
         while True:
             try:
                 return self._attempt(function)
-            except RunAgain:
+            except (RunAgain, CellsFailed):
                 continue
             except lmdb.MapFullError as error:
                 self._grow(error)
@@ -112,6 +114,8 @@ class Writer:
 
     def _attempt(self, function: Callable[[WriteTxn], T]) -> T:
         txn = self._environment.begin(write=True)
+        free_cells = self._environment.free_cells
+        write, committing = None, False
         try:
             write = WriteTxn(self._environment, txn, self.warm, self._usage)
             value = function(write)
@@ -119,14 +123,24 @@ class Writer:
             unused = self._environment.unused_bytes(txn, self._environment.notes.writer)
             started = time.monotonic()
             with self._writeback.during(write.put_bytes):
+                committing = True
                 txn.commit()
         except BaseException:
             txn.abort()
+            if write is not None and write.cells_taken and free_cells is not None:
+                if committing:
+                    # It may have landed all the same: then its cells are in use.
+                    self._environment.cells.rest()
+                else:
+                    free_cells.undone(write.cells_taken)
             raise
         finally:
             self._environment.notes.writer.clear()
+        if write.cells_given_up and free_cells is not None:
+            free_cells.given_up(write.txn_id, write.cells_given_up)
         if write.changed:
             self._measure(unused)
+            self._tidy_cells()
         self.commits += write.changed
         self.commit_seconds += time.monotonic() - started
         self.warm.drop_leaves(write.chilled)
@@ -144,6 +158,27 @@ class Writer:
         if held.full:
             self.count_room()
 
+    def _tidy_cells(self) -> None:
+        """Let cells that nobody can see any more be used again, and give the blocks of all but some of them back."""
+        file, free = self._environment.cells, self._environment.free_cells
+        if free is None:
+            return
+        if free.waiting:
+            # Only what was given up before the newest transaction, as LMDB's own pages: who was about to renew its
+            # snapshot when that landed is in nobody's table for a moment, and may still look through older views.
+            free.ripen(min(self._environment.oldest_reader(), self._environment.newest()) - 1)
+        held = self._environment.held
+        # Where what is written in place needs new blocks all the same, kept ones are of no use on a nearly full disk.
+        full = held.full or (held.holds is False and not file.has_room(CELLS_KEPT))
+        try:
+            for first, count in free.excess(0 if full else CELLS_KEPT, CELLS_PUNCHED):
+                file.punch(first, count)
+                free.punched(first, count)
+        except OSError as error:
+            if not self._told:
+                log.warning("free cells of %s keep their blocks: %s", file.path, error)
+            self._told = True
+
     def count_room(self) -> None:
         """Find room inside the file, when it cannot be made longer. On this thread only."""
         self._environment.held.count_inside(self._environment.oldest_reader())
@@ -154,6 +189,8 @@ class Writer:
         held = self._environment.held
         if cost and not held.claim(cost):
             if not held.top_up(cost):
+                self._tidy_cells()
+                held.top_up(cost)
                 self.count_room()
             if not held.claim(cost):
                 raise no_room()
