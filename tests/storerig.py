@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from silofs.blocks import LEAF_PAGES, PAGE, leaves_for
+from silofs.layers import schema
 from silofs.layers.aged import Pack
 from silofs.layers.check import Finding, check
 from silofs.layers.clean import Clean
@@ -18,8 +19,13 @@ from silofs.layers.reader import ReadTxn
 from silofs.layers.repack import Repack
 from silofs.layers.rewrite import Reap
 from silofs.layers.store import CommitResult, Store
+from silofs.limits import CELL_OBJECTS_MIN
 
 RING_BYTES = 8 << 20
+
+
+INLINE_PAGES = (CELL_OBJECTS_MIN - 1) * schema.OBJECT_PAGES
+"""In one commit, without a page that is left over: the most that stays in LMDB."""
 
 
 class Rig:
@@ -71,6 +77,11 @@ class Rig:
             self.write(uuid, page * PAGE, page_bytes(page, seed))
         self.commit()
 
+    def put_inline(self, uuid: bytes, pages: range, seed: int = 0) -> None:
+        """The same in commits whose objects stay in LMDB."""
+        for first in range(pages.start, pages.stop, INLINE_PAGES):
+            self.put(uuid, range(first, min(first + INLINE_PAGES, pages.stop)), seed)
+
     def read(self, name: str) -> bytes:
         with self.store.reader() as txn:
             volume = txn.volume_by_name(name)
@@ -93,6 +104,11 @@ def hurry(store: Store) -> None:
     """Let every policy of the background work with no patience at all, until none finds anything to do."""
     eager = Clean(store.usage, at=1.0, slack=0, lone_age=0, lone_batch=31)
     drain(store, [Reap(), eager, MergeLayers(), Pack(age_s=0), Repack()])
+
+
+def object_keys(txn: ReadTxn) -> list[bytes]:
+    """Of all objects, wherever they are."""
+    return [*txn.scan_keys(schema.OBJECT), *txn.scan_keys(schema.CELL)]
 
 
 def page_bytes(page: int, seed: int = 0) -> bytes:

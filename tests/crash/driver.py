@@ -18,6 +18,8 @@ from tests.exerciser import punch_hole
 from tests.faults.inject import injected
 from tests.harness import Mount, until
 
+REQUEST = 1024  # units of a large write: 512 KiB. One of 1 MiB may come in two parts, as its buffer lies
+PAGE_UNITS = 8
 SYNC_EVERY = 0.3  # of the writes; a guest with a journal of its own does no less
 
 
@@ -112,6 +114,12 @@ class Writer:
             self.volume.synced(index)
 
     def _punch(self, first: int, count: int) -> None:
+        """Parts of pages at its ends are zeroed by records of their own, before the whole pages."""
+        start, stop = -(-first // PAGE_UNITS) * PAGE_UNITS, (first + count) // PAGE_UNITS * PAGE_UNITS
+        if first < start < stop:
+            self.volume.write(first, start - first, 0)
+        if start < stop < first + count:
+            self.volume.write(stop, first + count - stop, 0)
         self.volume.write(first, count, 0)
         assert punch_hole(self._fd, first * UNIT, count * UNIT)
 
@@ -199,6 +207,15 @@ class Driver:
             at.resized(first + count)
             at.write(first, count, number)
             assert os.pwrite(file.fileno(), fill(first, count, number), first * UNIT) == count * UNIT
+
+    def overwrite(self, volume: str, first: int, count: int) -> None:
+        """Many units, in requests as large as they get: the commit that takes them stores their objects in cells."""
+        writer, at = self.writers[volume], self.story.volumes[volume]
+        with writer.paused(), writer.path.open("r+b", buffering=0) as file:
+            for begin in range(first, first + count, REQUEST):
+                some, number = min(REQUEST, first + count - begin), self.count.next()
+                at.write(begin, some, number)
+                assert os.pwrite(file.fileno(), fill(begin, some, number), begin * UNIT) == some * UNIT
 
     def rollback(self, volume: str, name: str) -> None:
         with self.writers[volume].closed():

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic_ns
 
-from tests.crash.driver import Driver
+from tests.crash.driver import REQUEST, Driver
 from tests.crash.powercut import Disk
 from tests.crash.story import Story
 from tests.harness import Mount
 
 SCRATCH = Path("/dev/shm")
+CELLS_REUSED = 4
 WORK = 12  # operations of each writer between two verbs
 
 
@@ -45,6 +46,12 @@ def tell(driver: Driver, source: Path, rounds: int) -> None:
         driver.create("a", 12 << 10)
         driver.create("b", 8 << 10)
         for number in range(rounds):
+            for again in range(CELLS_REUSED):
+                # Large commits, of which each gives up what the one before it stored.
+                driver.overwrite("a", 0, 6 * REQUEST)
+                driver.work(2)
+                driver.snapshot("a", f"large{again}")
+                driver.rm(f"a@large{again}")
             driver.work(WORK)
             driver.extend("a", 40)
             driver.snapshot("a", "one")
@@ -62,6 +69,8 @@ def tell(driver: Driver, source: Path, rounds: int) -> None:
             driver.freeze("a")
             driver.work(WORK)
             driver.kill_host()
+            driver.overwrite("a", 1000, 6 * REQUEST)
+            driver.overwrite("b", 0, 4 * REQUEST)
             driver.work(WORK)
             driver.rollback("a", "one")
             driver.resize("b", 8 << 10)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.exerciser import completions, pauses, verify
-from tests.harness import Mount
+from tests.harness import Mount, until
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.fuse, pytest.mark.crash]
@@ -58,3 +58,31 @@ def test_io_goes_on_under_kills(tmp_path: Path, mode: str, kills: int, capsys: p
             f"\n{mode}: {kills} kills, {len(completed)} operations, no error, no difference; "
             f"pause median {statistics.median(waits):.2f} s, worst {max(waits):.2f} s"
         )
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("place", ["cells.written", "cells.synced"])
+def test_killed_between_cells_and_their_commit(tmp_path: Path, place: str, count: int) -> None:
+    """What lies in cells by then nobody refers to; the next daemon commits the same again, from the write log."""
+    log, fired = tmp_path / "log", tmp_path / "fired"
+    fired.mkdir()
+    environment = {"SILOFS_FAIL": f"{place}:kill@{count}", "SILOFS_FAIL_DIR": str(fired)}
+    with Mount(tmp_path / "host", environment=environment) as mount:
+        image = mount.mountpoint / "disk.img"
+        image.touch()
+        os.truncate(image, 64 << 20)
+        command = [sys.executable, "-m", "tests.exerciser", "run", image, "--log", log, "--seed", "5"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as work:
+            try:
+                until((fired / place).exists, f"the daemon to die at {place}", timeout=60)
+                died = len(completions(log))
+                until(lambda: len(completions(log)) > died + 300, "the next daemon to serve", timeout=60)
+                assert work.poll() is None, work.stdout and work.stdout.read()
+            finally:
+                work.terminate()
+        verify(image, log)
+        mount.silofs("check", "--read-data")
+        mount.stop()
+        mount.start()
+        verify(image, log)
+    assert (mount.store / "data" / "cells").stat().st_blocks

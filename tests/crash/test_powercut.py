@@ -19,7 +19,7 @@ STEPS = {
     *("commit.grown", "commit.before", "commit.durable", "commit.before_release", "commit.published"),
     *("journal.filled", "journal.formatted", "journal.before_write", "journal.durable", "journal.retired"),
     *("recover.before_commit", "recover.after_commit", "share.before_commit", "share.durable"),
-    *("rewrite.before_commit", "rewrite.durable"),
+    *("rewrite.before_commit", "rewrite.durable", "cells.written", "cells.synced"),
 }
 """Behind each of these the power goes at least once."""
 

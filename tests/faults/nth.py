@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,11 @@ import lmdb
 
 from silofs import offline
 from silofs.errors import SiloError
+from silofs.layers import writer
 from silofs.layers.check import check
 from silofs.layers.policies import drain
 from silofs.layers.store import Store
+from silofs.layers.syncer import Syncer
 from tests.faults.serving import serve, states
 from tests.harness import ROOT
 from tests.storerig import Rig, hurry, page_bytes, read_layer
@@ -57,7 +59,7 @@ class Operation:
     """`run` works on an open store, or with `path` on that of a closed one; `effect` says what it makes of the digests.
 
     `base` is the store that its trials start from. One with `steps` gets the faults themselves, and `steps` tells all
-    states that the store may pass through.
+    states that the store may pass through. One that is done in `several` commits may be refused after any of them.
     """
 
     run: Callable[..., object]
@@ -65,9 +67,12 @@ class Operation:
     path: bool = False
     base: str = "base"
     steps: Callable[[Digests], list[Digests]] | None = None
+    several: Callable[[Digests], list[Digests]] | None = None
 
     def states(self, before: Digests) -> list[Digests]:
-        return self.steps(before) if self.steps is not None else [before, self.effect(before)]
+        if self.steps is not None:
+            return self.steps(before)
+        return self.several(before) if self.several is not None else [before, self.effect(before)]
 
 
 def digest(data: bytes) -> str:
@@ -96,6 +101,11 @@ def with_names(**changes: str | None) -> Callable[[Digests], Digests]:
 
 IMAGE: Final = b"".join(page_bytes(page, 9) for page in range(40)) + bytes(200 * PAGE) + page_bytes(300, 9) * 3
 WRITTEN: Final = {page: page_bytes(page, 5) for page in (*range(40), 100, 301, 520)}
+LARGE: Final = range(150, 460)
+"""Pages of a commit whose objects go to cells."""
+ROUNDS: Final = 5
+FIRST: Final = 40
+"""Pages of "vm" in a store that has no cells yet."""
 
 
 def import_image(store: Store, name: str = "new") -> None:
@@ -133,6 +143,65 @@ def overwritten(before: Digests) -> Digests:
     return before | {"vm": digest(bytes(data))}
 
 
+def vm_of(store: Store) -> bytes:
+    with store.reader() as txn:
+        return txn.volume_by_name("vm").uuid
+
+
+def commit_large(store: Store, seed: int = 8) -> None:
+    """Objects in cells, in place of others that are there."""
+    Rig.over(store).put(vm_of(store), LARGE, seed=seed)
+
+
+def discard_large(store: Store) -> None:
+    """Their cells are given up, and the blocks of all of them go back once they are free."""
+    writer.CELLS_KEPT = 0
+    rig, vm = Rig.over(store), vm_of(store)
+    rig.zero(vm, LARGE.start, LARGE.stop)
+    rig.commit()
+    rig.put(vm, [0], seed=5)
+
+
+def with_pages(content: bytes, seed: int, pages: Iterable[int] = LARGE) -> bytes:
+    data = bytearray(content)
+    for page in pages:
+        data[page * PAGE : (page + 1) * PAGE] = page_bytes(page, seed)
+    return bytes(data)
+
+
+def discarded(before: Digests) -> list[Digests]:
+    """In two commits."""
+    data = bytearray(base_content())
+    data[LARGE.start * PAGE : LARGE.stop * PAGE] = bytes(len(LARGE) * PAGE)
+    return [before, before | {"vm": digest(bytes(data))}, before | {"vm": digest(with_pages(bytes(data), 5, [0]))}]
+
+
+def in_rounds(path: Path, arm: Callable[[], None], disarm: Callable[[], None], end: Callable[[int], None]) -> None:
+    """The same pages again and again: what one commit gives up the next but one writes over. Cells that could not be
+    written are tried again by the next one. A commit that is refused twice ends it: its outcome is not known."""
+    writer.CELLS_KEPT = 8
+    store = offline.open_store(path)
+    arm()
+    reached = 0
+    for number in range(ROUNDS):
+        store._environment.cells._again = 0.0
+        said = attempt(lambda number=number: commit_large(store, number + 20))
+        if said == "refused":
+            said = attempt(lambda number=number: commit_large(store, number + 20))
+        if said not in ("done", "refused"):
+            raise AssertionError(said)
+        if said == "refused":
+            break
+        reached = number + 1
+    disarm()
+    end(reached)
+
+
+def rounds(before: Digests) -> list[Digests]:
+    content = base_content()
+    return [before, *(before | {"vm": digest(with_pages(content, number + 20))} for number in range(ROUNDS))]
+
+
 def remove_and_reap(store: Store) -> None:
     offline.run(store, "rm", {"volume": "vm", "force": True})
     drain(store)
@@ -141,6 +210,12 @@ def remove_and_reap(store: Store) -> None:
 OPERATIONS: Final[dict[str, Operation]] = {
     "create": Operation(verb("create", name="new", size=MIB), with_names(new=digest(bytes(MIB)))),
     "commit": Operation(commit_pages, overwritten),
+    "commit-large": Operation(commit_large, lambda b: b | {"vm": digest(with_pages(base_content(), 8))}),
+    "first-cells": Operation(
+        commit_large, lambda b: b | {"vm": digest(with_pages(first_content(), 8))}, base="without-cells"
+    ),
+    "rounds": Operation(in_rounds, steps=rounds),
+    "discard": Operation(discard_large, several=discarded),
     "snapshot": Operation(verb("snapshot", volume="vm", snapshot="two"), with_names(vmATtwo="vm")),
     "clone": Operation(verb("clone", source="vm", new="new"), with_names(new="vm")),
     "clone-of-snapshot": Operation(verb("clone", source="vm", snapshot="one", new="new"), with_names(new="vm@one")),
@@ -176,8 +251,20 @@ def base_content() -> bytes:
     return b"".join(pages)
 
 
+def first_content() -> bytes:
+    return with_pages(bytes(SIZE), 1, range(FIRST))
+
+
+def build_without_cells(path: Path) -> None:
+    rig = Rig(path)
+    vm = rig.store.write(lambda txn: txn.create_volume("vm", SIZE)).uuid
+    rig.put(vm, range(FIRST), seed=1)
+    rig.close()
+    assert not (path / "data" / "cells").exists()
+
+
 def build(path: Path) -> None:
-    """That store: overwritten pages, snapshots, one of them gone from the middle, clones."""
+    """That store: overwritten pages, snapshots, one of them gone from the middle, clones; most of it in cells."""
     rig = Rig(path)
     vm = rig.store.write(lambda txn: txn.create_volume("vm", SIZE)).uuid
     rig.put(vm, range(SIZE // PAGE), seed=1)
@@ -216,6 +303,17 @@ def look(path: Path) -> dict[str, Any]:
         with store.reader() as txn:
             findings = [f"{finding.code}: {finding.message}" for finding in check(txn, read_data=True)]
     return {"digests": found, "findings": findings}
+
+
+def unsynced() -> None:
+    lmdb.Environment = partial(lmdb.Environment, sync=False)
+
+
+def unsynced_cells() -> None:
+    Syncer.written = lambda self: None  # type: ignore[method-assign]
+
+
+MISTAKES: Final = {each.__name__.replace("_", "-"): each for each in (unsynced, unsynced_cells)}
 
 
 class Faults:
@@ -262,7 +360,8 @@ def operate(faults: Faults, operation: Operation, path: Path, nth: int, kind: st
     again = attempt(lambda: operation.run(target)) if first == "refused" else ""
     faults.cut()
     bugs = [said for said in (first, again) if said not in ("done", "refused", "")]
-    return {"reached": int("done" in (first, again)), "calls": calls, "fired": fired, "bugs": bugs}
+    last = 1 if operation.several is None else len(operation.several({})) - 1
+    return {"reached": last * ("done" in (first, again)), "calls": calls, "fired": fired, "bugs": bugs}
 
 
 def step(faults: Faults, operation: Operation, path: Path, nth: int, kind: str, on: bool) -> Any:
@@ -399,15 +498,16 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the calls; 1 is all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=OPERATIONS, action="append")
-    parser.add_argument("--unsynced", action="store_true", help="a store that does not sync: has to be found out")
+    parser.add_argument("--mistake", choices=MISTAKES, help="in the store: has to be found out")
     options = parser.parse_args()
-    if options.unsynced:
-        lmdb.Environment = partial(lmdb.Environment, sync=False)
+    if options.mistake:
+        MISTAKES[options.mistake]()
     suite = Suite(Faults(options.library, options.directory / "work"), options.directory, options.share, options.seed)
     (options.directory / "nothing").mkdir()
     shutil.unpack_archive(ROOT / "tests" / "golden" / "store-v1.tar.xz", options.directory / "old")
     (options.directory / "old" / "store").rename(options.directory / "v1")
     in_child(lambda: {"built": build(options.directory / "base")})
+    in_child(lambda: {"built": build_without_cells(options.directory / "without-cells")})
     for name in options.only or OPERATIONS:
         suite.run(name, OPERATIONS[name])
         print(f"{name}: {suite.met.get(name, 0)} faults, {len(suite.problems)} problems", flush=True)

@@ -37,6 +37,7 @@ struct before { /* bytes as they were before a write that nobody has synced */
     char *path;
     off_t offset;
     size_t length;
+    off_t size; /* of the file, as it was before it was made longer or shorter; else -1 */
     char bytes[];
 };
 
@@ -106,7 +107,7 @@ static void remember(int fd, off_t offset, size_t length)
     if (!find(fd, path) || fcntl(fd, F_GETFL) & O_DSYNC || fstat(fd, &about))
         return;
     struct before *saved = malloc(sizeof *saved + length);
-    *saved = (struct before){unsynced, about.st_ino, strdup(path), offset, 0};
+    *saved = (struct before){unsynced, about.st_ino, strdup(path), offset, 0, -1};
     int reader = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t got = reader < 0 ? -1 : pread(reader, saved->bytes, length, offset);
     if (reader >= 0)
@@ -115,7 +116,19 @@ static void remember(int fd, off_t offset, size_t length)
     unsynced = saved;
 }
 
-/* Of one inode, or of all (0): forget what was before the writes, or bring it back, the newest first. */
+static void remember_size(int fd)
+{
+    struct stat about;
+    char path[PATH_MAX];
+    if (!find(fd, path) || fstat(fd, &about))
+        return;
+    struct before *saved = malloc(sizeof *saved);
+    *saved = (struct before){unsynced, about.st_ino, strdup(path), 0, 0, about.st_size};
+    unsynced = saved;
+}
+
+/* Of one inode, or of all (0): forget what was before the writes, or bring it back, the newest first. Dirty pages that
+ * are given up (of one inode) leave the file as long as it is. */
 static void settle(ino_t inode, int lost)
 {
     for (struct before **at = &unsynced; *at;) {
@@ -124,6 +137,12 @@ static void settle(ino_t inode, int lost)
             at = &saved->older;
             continue;
         }
+        if (inode && lost && saved->size >= 0) {
+            at = &saved->older;
+            continue;
+        }
+        if (lost && saved->size >= 0 && truncate(saved->path, saved->size) && errno != ENOENT) /* it has another name */
+            abort();
         if (lost && saved->length) {
             int writer = open(saved->path, O_WRONLY | O_CLOEXEC);
             if (writer >= 0 && REAL(pwrite64)(writer, saved->bytes, saved->length, saved->offset) < 0)
@@ -233,7 +252,16 @@ ssize_t pwritev64v2(int fd, const struct iovec *parts, int count, off64_t offset
 int fsync(int fd) { return synced(fd, REAL(fsync)); }
 int fdatasync(int fd) { return synced(fd, REAL(fdatasync)); }
 
-int ftruncate64(int fd, off64_t length) { return may(fd, SPACE) ? REAL(ftruncate64)(fd, length) : -1; }
+int ftruncate64(int fd, off64_t length)
+{
+    if (!may(fd, SPACE))
+        return -1;
+    pthread_mutex_lock(&lock);
+    remember_size(fd);
+    pthread_mutex_unlock(&lock);
+    return REAL(ftruncate64)(fd, length);
+}
+
 int ftruncate(int fd, off_t length) { return ftruncate64(fd, length); }
 
 int fallocate64(int fd, int mode, off64_t offset, off64_t length)

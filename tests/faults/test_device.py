@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from silofs.layers.cells import FILE as CELLS
+from silofs.layers.environment import DATA_FILE
 from silofs.layers.journal import BLOCK, DIRECTORY, Replay
 from silofs.layers.store import Store
 from tests.faults.inject import injected
@@ -117,9 +119,9 @@ def test_a_flipped_bit_costs_one_page_and_is_told(tmp_path: Path) -> None:
         mount.silofs("create", "vm1", "--size", "8M")
         mount.image("vm1").write_bytes(b"".join(block(number) for number in range(8)))
         mount.stop()
-        data = mount.store / "data" / "data.mdb"
-        at = data.read_bytes().index(block(3)[:64])
-        with data.open("r+b") as file:
+        found_in = {name: head(mount.store / "data" / name).find(block(3)[:64]) for name in (DATA_FILE, CELLS)}
+        ((name, at),) = [place for place in found_in.items() if place[1] >= 0]
+        with (mount.store / "data" / name).open("r+b") as file:
             os.pwrite(file.fileno(), bytes([block(3)[100] ^ 4]), at + 100)
         mount.start()
         with mount.image("vm1").open("rb", buffering=0) as image:
@@ -134,6 +136,12 @@ def test_a_flipped_bit_costs_one_page_and_is_told(tmp_path: Path) -> None:
             os.pwrite(image.fileno(), block(3)[:PAGE], 3 * MIB)
             assert os.pread(image.fileno(), MIB, 3 * MIB) == block(3)
         assert "Traceback" not in mount.log()
+
+
+def head(path: Path) -> bytes:
+    """The beginning of a file: the rest of that of cells is a hole."""
+    with path.open("rb") as file:
+        return file.read(32 * MIB)
 
 
 def synced_one_by_one(mount: Mount) -> list[int]:

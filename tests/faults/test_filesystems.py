@@ -1,4 +1,4 @@
-"""File systems under a store that another program fills: writes are refused, and go on once there is room."""
+"""File systems under a store that fill: writes are refused, and go on once there is room."""
 
 from __future__ import annotations
 
@@ -52,5 +52,55 @@ def test_a_disk_that_others_fill(kind: str, tmp_path: Path) -> None:
             os.fsync(fd)
             for at, data in expected.items():
                 assert os.pread(fd, MIB, at) == data
+            os.close(fd)
+        assert mount.silofs("check", "--read-data").returncode == 0
+
+
+def block(at: int, seed: int) -> bytes:
+    return random.Random(at << 4 | seed).randbytes(MIB)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
+def test_a_disk_that_its_volumes_fill(kind: str, tmp_path: Path) -> None:
+    """Most of what they hold lies in cells: those of a removed volume give their blocks back, for others."""
+    with small(kind, 640, tmp_path) as disk:
+        store = tmp_path / "a-store"
+        store.symlink_to(disk / "store")
+        (disk / "store").mkdir(mode=0o700)
+        with Mount(tmp_path) as mount:
+            gone = os.open(mount.create("gone", 128 * MIB), os.O_RDWR)
+            for at in range(0, 128 * MIB, MIB):
+                assert written(gone, block(at, 1), at)
+            os.fsync(gone)
+            os.close(gone)
+            fd = os.open(mount.create("vm1", 1024 * MIB), os.O_RDWR)
+            acknowledged: dict[int, int] = {}
+            for at in range(0, 1024 * MIB, MIB):
+                if not written(fd, block(at, 2), at):
+                    break
+                acknowledged[at] = 2
+            else:
+                pytest.fail("more was written than there is room for")
+            assert len(acknowledged) > 200
+            for at in range(0, 64 * MIB, 4 * MIB):  # in place of what is there; whether there is room for that or not
+                if written(fd, block(at, 3), at):
+                    acknowledged[at] = 3
+            cells = disk / "store" / "data" / "cells"
+            full = cells.stat().st_blocks * 512
+            assert full > 128 * MIB, "the last of it is left to LMDB"
+            for at, seed in acknowledged.items():
+                assert os.pread(fd, MIB, at) == block(at, seed)
+            about = mount.ask("status")
+            assert about["state"] == "serving" and about["deaths"] == 0
+            mount.silofs("rm", "gone", "--yes")
+            first = max(acknowledged) + MIB
+            wait(lambda: written(fd, block(first, 4), first), "a write after a volume was removed", timeout_s=60)
+            acknowledged[first] = 4
+            for at in range(first + MIB, first + 60 * MIB, MIB):
+                wait(lambda at=at: written(fd, block(at, 4), at), "the space of that volume")
+                acknowledged[at] = 4
+            os.fsync(fd)
+            for at, seed in acknowledged.items():
+                assert os.pread(fd, MIB, at) == block(at, seed)
             os.close(fd)
         assert mount.silofs("check", "--read-data").returncode == 0

@@ -31,6 +31,7 @@ def test_an_operation_is_done_or_refused_whatever_call_fails(
     assert not {name for name in OPERATIONS if not tried.met.get(name)} - READS, "these met no fault"
 
 
-def test_a_store_that_does_not_sync_is_noticed(directory: Path) -> None:
+@pytest.mark.parametrize(("mistake", "operation"), [("unsynced", "snapshot"), ("unsynced-cells", "commit-large")])
+def test_a_mistake_is_noticed(directory: Path, mistake: str, operation: str) -> None:
     """The negative control."""
-    assert run(directory, "--share", "0.04", "--unsynced", "--only", "snapshot").problems
+    assert run(directory, "--share", "0.04", "--mistake", mistake, "--only", operation).problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from silofs.blocks import LEAF_BYTES, LEAF_PAGES, PAGE, pages_for
-from silofs.layers import heads, reclaim, schema
+from silofs.layers import cell_changes, cell_map, cells, heads, reclaim, schema, writer
 from silofs.layers.aged import Pack
 from silofs.layers.clean import Clean
 from silofs.layers.merge import MergeLayers
 from silofs.layers.policies import drain
+from silofs.layers.reader import ReadTxn
 from silofs.layers.reclaim import Reclaim
 from silofs.layers.repack import Repack
 from silofs.layers.rewrite import Budget, Reap, take
@@ -300,7 +303,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.rig.findings() == []
             with self.rig.store.reader() as txn:
                 for table in (
-                    schema.OBJECT, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM,
+                    schema.OBJECT, schema.CELL, schema.PAGES, schema.NAME, schema.LIVE, schema.LEAF, schema.LEAF_SUM,
                     schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK, schema.VOID,
                 ):  # fmt: skip
                     assert not list(txn.scan_keys(table)), table.name
@@ -349,7 +352,77 @@ class VoidMachine(StoreMachine):
             heads.VOID_LEAVES, reclaim.BATCH = self.void_leaves, self.batch
 
 
+class CellMachine(StoreMachine):
+    """The same with every object in a cell, few free cells that keep their blocks, and readers of older states."""
+
+    def __init__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(cell_changes, "CELL_OBJECTS_MIN", 1)
+        self.patch.setattr(writer, "CELLS_KEPT", 2)
+        self.patch.setattr(cell_map, "STRIDE", 3)
+        self.readers: list[tuple[ReadTxn, dict[str, bytes]]] = []
+        super().__init__()
+
+    @precondition(lambda self: self.reference.volumes and len(self.readers) < 3)
+    @rule()
+    def begin_to_read(self) -> None:
+        now = {name: bytes(volume.data) for name, volume in self.reference.volumes.items()}
+        self.readers.append((self.rig.store.reader(), now))
+
+    @precondition(lambda self: self.readers)
+    @rule(data=st.data())
+    def end_to_read(self, data: st.DataObject) -> None:
+        reader, _ = self.readers.pop(data.draw(st.integers(0, len(self.readers) - 1)))
+        reader.close()
+
+    @precondition(lambda self: self.reference.volumes)
+    @rule(data=st.data(), error=st.sampled_from([errno.EIO, errno.ENOSPC]))
+    def cells_fail(self, data: st.DataObject, error: int) -> None:
+        """For one commit."""
+
+        def fail(*_: object) -> None:
+            raise OSError(error, "the disk fails")
+
+        self.write_pages_of(self.pick(data))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cells, "write_cells", fail)
+            self.apply_waiting()
+        self.rig.store._environment.cells._again = 0.0  # it is a minute later
+
+    def write_pages_of(self, name: str) -> None:
+        self.seed += 1
+        self.write(name, 0, b"".join(page_bytes(page, self.seed) for page in range(40)))
+
+    @rule()
+    def power_cut(self) -> None:
+        self.readers = []
+        super().power_cut()
+
+    @invariant()
+    def older_states_are_as_they_were(self) -> None:
+        for reader, then in self.readers:
+            found = {each.name: read_layer(reader, each.head, each.size) for each in reader.volumes()}
+            assert found == then
+
+    @invariant()
+    def cells_are_in_one_state(self) -> None:
+        free = self.rig.store._environment.free_cells
+        with self.rig.store.reader() as txn:
+            used = [schema.open_cell(key, value) for key, value in txn.scan(schema.CELL)]
+        assert free is not None and free.cells == free.free + free.waiting + len(used)
+        assert len(set(used)) == len(used)
+
+    def teardown(self) -> None:
+        try:
+            for reader, _ in self.readers:
+                reader.close()
+            super().teardown()
+        finally:
+            self.patch.undo()
+
+
 TestVoids = VoidMachine.TestCase
+TestCells = CellMachine.TestCase
 TestStore = StoreMachine.TestCase
 TestStore.settings = TestVoids.settings = settings(
     max_examples=80,
@@ -358,3 +431,4 @@ TestStore.settings = TestVoids.settings = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
+TestCells.settings = settings(TestStore.settings, max_examples=30)

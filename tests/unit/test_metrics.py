@@ -36,6 +36,7 @@ def figures() -> dict[str, Any]:
         "store": {
             **dict.fromkeys(("volumes", "snapshots", "layers", "doomed_layers", "commits"), 1),
             **dict.fromkeys(("file_bytes", "used_bytes", "unused_bytes", "free_bytes", "map_bytes"), 8192),
+            **dict.fromkeys(("cells_bytes", "free_cells_bytes"), 8192),
             "available_bytes": 8192,
             "commit_us": 1250,
         },

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from silofs.blocks import PAGE
 from silofs.layers import schema
 from silofs.layers.store import Store
+from silofs.limits import CELL_OBJECTS_MIN
+from tests.storerig import Rig
 from tests.unit.cli.commands import Silofs
 
 
@@ -64,6 +69,25 @@ def test_a_second_repair_keeps_what_the_first_one_replaced(silofs: Silofs) -> No
     assert silofs("check", "--repair", "--yes").code == 3
     assert silofs.ok("check", "--repair")["damaged_store"] == str(silofs.store / "data.damaged.2")
     assert data_file(silofs.store / "data.damaged") == damaged
+
+
+def test_a_store_without_its_file_of_cells_is_refused_and_repaired(silofs: Silofs) -> None:
+    silofs.ok("create", "vm", "--size", "2M")
+    silofs.ok("create", "other", "--size", "2M")
+    with closing(Rig(silofs.store)) as rig, rig.store.reader() as txn:
+        vm, other = (txn.volume_by_name(name).uuid for name in ("vm", "other"))
+        rig.put(other, range(5))
+        rig.put(vm, range(31 * CELL_OBJECTS_MIN))
+    cells = silofs.store / "data" / "cells"
+    cells.unlink()
+    refused = silofs.fails(1, "check")
+    assert refused["code"] == "bad_format" and f"{cells} is missing" in refused["message"]
+    assert "check --repair" in refused["hint"] and not cells.exists()
+    done = silofs("--json", "check", "--repair", "--yes")
+    assert done.code == 3
+    (loss,) = json.loads(done.out)["losses"]
+    assert (loss["name"], loss["ranges"]) == ("vm", [[0, 31 * CELL_OBJECTS_MIN * PAGE]])
+    assert silofs.ok("check", "--read-data")["damaged"] == 0
 
 
 def data_file(directory: Path) -> bytes:

@@ -441,5 +441,5 @@ def test_pages_in_containers_change_hands(rig: Rig, below: int, above: int) -> N
     delete(rig, vm)
     drain(rig.store, [Reap()])
     with rig.store.reader() as txn:
-        for table in (schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK, schema.OBJECT):
+        for table in (schema.CONTAINER, schema.USE, schema.USER, schema.BLOCK, schema.OBJECT, schema.CELL):
             assert not list(txn.scan_keys(table)), table.name

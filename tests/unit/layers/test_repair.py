@@ -29,6 +29,7 @@ from tests.storerig import Rig
 SIZE = 24 * MIB
 HARMS = ["flip", "remove", "swap"]
 EMPTY = {"meta", "peer", "migration", "outbox", "request", "pin", "doomed", "merge"}  # or of no consequence here
+IN_CELLS = range(5100, 5100 + 31 * 8)  # pages of "golden" whose objects are in cells, in that order
 TABLES = [table for table in schema.TABLES if table.name not in EMPTY]
 
 
@@ -39,6 +40,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     rig = Rig(tmp_path / "store")
     golden = rig.store.write(lambda txn: txn.create_volume("golden", SIZE)).uuid
     rig.put(golden, [*range(40), *range(600, 700), 1025, 2000, *range(5000, 5040)])
+    rig.put(golden, range(IN_CELLS.start, IN_CELLS.stop))
     base = rig.store.write(lambda txn: txn.take_snapshot(golden, "v1"))
     vm = rig.store.write(lambda txn: txn.clone(base.layer, "vm")).uuid
     rig.put(vm, [3, 4, 650, 3000, *range(4000, 4064)], seed=1)
@@ -230,6 +232,87 @@ def test_a_lost_state_record_is_said(rig: Rig) -> None:
         txn.delete(schema.META_STATE, db=env.open_db(schema.META.name.encode(), txn=txn, create=False))
     result, store = repaired(rig)
     assert [loss.name for loss in result.losses] == ["state"]
+    compare(before, result, store)
+
+
+# Objects in cells
+
+
+def cells_file(rig: Rig) -> Path:
+    return rig.path / "data" / "cells"
+
+
+def lost(result: Repaired) -> dict[str, list[tuple[int, int]]]:
+    return {loss.name: loss.ranges for loss in result.losses}
+
+
+def everywhere(*ranges: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
+    """Pages of IN_CELLS by number there, as losses of all who have them."""
+    found = [((IN_CELLS.start + first) * PAGE, (IN_CELLS.start + end) * PAGE) for first, end in ranges]
+    return dict.fromkeys(("golden", "golden@v1", "vm", "vm@s"), found)
+
+
+def test_objects_in_cells_are_in_lmdb_afterwards(rig: Rig) -> None:
+    before = contents(rig.store)
+    with rig.store.reader() as txn:
+        assert txn.entries(schema.CELL) == len(IN_CELLS) // 31
+        objects = txn.entries(schema.OBJECT) + txn.entries(schema.CELL)
+    result, store = repaired(rig)
+    compare(before, result, store)
+    with store.reader() as txn:
+        assert (txn.entries(schema.OBJECT), txn.entries(schema.CELL)) == (objects, 0)
+    assert not cells_file(rig).exists() and (rig.path / "data.damaged" / "cells").exists()
+
+
+def test_without_the_file_of_cells_what_was_in_it_is_lost(rig: Rig) -> None:
+    before = contents(rig.store)
+    rig.store.close()
+    cells_file(rig).unlink()
+    with pytest.raises(BadFormat, match="cells is missing"):
+        Store.open(rig.path)
+    result, store = repaired(rig)
+    assert lost(result) == everywhere((0, len(IN_CELLS)))
+    compare(before, result, store)
+    assert rig.findings() == []
+
+
+@pytest.mark.parametrize(("length", "kept"), [(3 * schema.CELL_BYTES, 3 * 31), (3 * schema.CELL_BYTES + 5 * PAGE, 97)])
+def test_of_a_file_of_cells_that_was_cut_short_the_beginning_is_kept(rig: Rig, length: int, kept: int) -> None:
+    before = contents(rig.store)
+    rig.store.close()
+    os.truncate(cells_file(rig), length)
+    result, store = repaired(rig)
+    assert lost(result) == everywhere((kept, len(IN_CELLS)))
+    compare(before, result, store)
+
+
+def test_pages_of_cells_that_cannot_be_read_are_given_up_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(rig.store)
+    number, sound = cells_file(rig).stat().st_ino, os.pread
+    bad = [2 * 32 + 1 + 7, 2 * 32 + 1 + 8, 5 * 32]  # two pages of the third object, the header of the sixth
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        if os.fstat(fd).st_ino == number and any(
+            offset < (page + 1) * PAGE and page * PAGE < offset + length for page in bad
+        ):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sound(fd, length, offset)
+
+    rig.store.close()
+    monkeypatch.setattr(os, "pread", pread)
+    result, store = repaired(rig)
+    assert lost(result) == everywhere((2 * 31 + 7, 2 * 31 + 9), (5 * 31, 6 * 31))
+    compare(before, result, store)
+
+
+def test_a_cell_with_another_object_is_none_of_the_first_one(rig: Rig) -> None:
+    """As when the table of cells is of the past."""
+    before = contents(rig.store)
+    rig.store.close()
+    with cells_file(rig).open("r+b") as file:
+        os.pwrite(file.fileno(), os.pread(file.fileno(), schema.CELL_BYTES, 0), schema.CELL_BYTES)
+    result, store = repaired(rig)
+    assert lost(result) == everywhere((31, 62)) and result.rebuilt == ["1 records of table object"]
     compare(before, result, store)
 
 

@@ -12,7 +12,7 @@ from silofs.layers import schema
 from silofs.layers.native import Source
 from silofs.layers.policies import drain
 from silofs.layers.rewrite import Budget, Policy, Reap, rewrite
-from tests.storerig import Rig, page_bytes
+from tests.storerig import Rig, object_keys, page_bytes
 
 PAGES = [0, 1, 2, LEAF_PAGES, 5 * LEAF_PAGES + 7]
 
@@ -28,7 +28,7 @@ def move_all(txn: Any, head: int, pages: list[int], *, expect: int = 0) -> int:
 
 def objects(rig: Rig) -> int:
     with rig.store.reader() as txn:
-        return sum(1 for table in (schema.OBJECT, schema.PAGES) for _ in txn.scan_keys(table))
+        return len(object_keys(txn)) + txn.entries(schema.PAGES)
 
 
 def test_moved_pages_read_the_same_and_leave_nothing_behind(rig: Rig) -> None:

@@ -95,4 +95,4 @@ def test_a_check_of_a_sound_store_counts_what_there_is(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     found = scrub(sound.path, read_data=True, progress=lambda done, total: steps.append((done, total)))
     assert found == ([], 1, 1)
-    assert steps[0][0] == 0 and {total for _, total in steps} == {12}
+    assert steps[0][0] == 0 and {total for _, total in steps} == {13}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -14,6 +17,8 @@ from silofs.blocks import LEAF_PAGES
 from silofs.layers import catalog, leaves, schema
 from silofs.layers.catalog import Layer, Pin, Snapshot, Value, Volume
 from silofs.layers.check import Finding, check
+from silofs.layers.environment import Environment
+from silofs.layers.reader import ReadTxn
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import GIB
@@ -129,6 +134,71 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "pin of nothing": (lambda txn: txn.put_record(schema.PIN, catalog.pin_key(55, "m"), Pin(55, "m")), "reference"),
     "removal of nothing": (lambda txn: txn.put_record(schema.DOOMED, schema.KEY.pack(55), Value(b"")), "reference"),
     "peer torn": (torn(schema.PEER), "record"),
+    "cell removed": (removed(schema.CELL), "object"),
+    "cell torn": (torn(schema.CELL), "cell"),
+    "cell of an object that was never stored": (added(schema.CELL, schema.KEY.pack(9_999), b""), "counter"),
+    "cell map removed": (removed(schema.CELL_MAP), "count"),
+    "cell map torn": (torn(schema.CELL_MAP), "cell"),
+}
+
+
+def cell_changed(change: Callable[[int], int]) -> Spoil:
+    """The first object in a cell is said to be in another."""
+
+    def spoil(txn: WriteTxn) -> None:
+        key = first_key(schema.CELL)(txn)
+        cell = schema.open_cell(key, txn.fetch(schema.CELL, key) or b"")
+        txn._put(schema.CELL, key, schema.cell_record(key, change(cell)))
+
+    return spoil
+
+
+def map_changed(cell: int, length: int = schema.MAP_BYTES) -> Spoil:
+    """A bit of the first map is another, or the map has another length; its catalog record is sound."""
+
+    def spoil(txn: WriteTxn) -> None:
+        key = first_key(schema.CELL_MAP)(txn)
+        value = txn.fetch(schema.CELL_MAP, key) or b""
+        bitmap = bytearray(catalog.decode(schema.CELL_MAP, key, value, Value).data)
+        bitmap[cell >> 3] ^= 1 << (cell & 7)
+        txn.put_record(schema.CELL_MAP, key, Value(bytes(bitmap[:length])))
+
+    return spoil
+
+
+def stored_twice(txn: WriteTxn) -> None:
+    key = first_key(schema.CELL)(txn)
+    txn._put(schema.OBJECT, key, bytes(txn.object(schema.KEY.unpack(key)[0])))
+
+
+CELLS, FIRST = 10, 15  # how many the sound store has, and the object in the first
+CELL_CASES: dict[str, tuple[Spoil, list[str]]] = {
+    "two in one": (
+        cell_changed(lambda cell: cell + 1),
+        [
+            f"objects {FIRST} and {FIRST + 1} are in the same cell, 1",
+            "cell 0 is in use, and no object is there: their space is lost",
+        ],
+    ),
+    "behind the end": (
+        cell_changed(lambda cell: schema.MAP_CELLS),
+        [
+            "data/cells is cut short: 1 objects should be there",
+            "cell 0 is in use, and no object is there: their space is lost",
+            f"object {FIRST} is in cell {schema.MAP_CELLS}, which is free: it will be written over",
+        ],
+    ),
+    "no number": (
+        cell_changed(lambda cell: 1 << 63),
+        [
+            f"object {FIRST} is in cell {1 << 63}, which cannot be",
+            "cell 0 is in use, and no object is there: their space is lost",
+        ],
+    ),
+    "free": (map_changed(3), [f"object {FIRST + 3} is in cell 3, which is free: it will be written over"]),
+    "lost": (map_changed(CELLS), [f"cell {CELLS} is in use, and no object is there: their space is lost"]),
+    "a map too short": (map_changed(CELLS, 100), ["map 0 of cells has a wrong length"]),
+    "in both places": (stored_twice, [f"object {FIRST} is in a cell and in table object as well"]),
 }
 
 
@@ -140,6 +210,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rig.put(vm, [*range(40), LEAF_PAGES])
     rig.store.write(lambda txn: txn.take_snapshot(vm, "s"))
     rig.put(vm, range(3, 6), seed=1)
+    rig.put(vm, range(600, 600 + 31 * CELLS))
     rig.store.write(lambda txn: txn.put_value("peer", "b", b"x" * 40))
     assert rig.findings() == []
     rig.close()
@@ -183,3 +254,63 @@ def test_places_are_named(sound: Path) -> None:
     with Store.open(sound) as store, pytest.raises(Undone):
         store.write(run)
     assert [(each.code, each.volume, each.layer, each.page) for each in found] == [("data", "vm", 1, 31)]
+
+
+@pytest.mark.parametrize("case", CELL_CASES)
+def test_cells_are_compared_from_all_sides(case: str, sound: Path) -> None:
+    spoil, messages = CELL_CASES[case]
+    found: list[Finding] = []
+
+    def run(txn: WriteTxn) -> None:
+        spoil(txn)
+        txn.finish()
+        found.extend(check(txn))
+        raise Undone
+
+    with Store.open(sound) as store, pytest.raises(Undone):
+        store.write(run)
+    assert {each.code for each in found} == {"cell"}
+    assert [each.message.removeprefix(f"{sound}/") for each in found] == messages
+
+
+def findings_of(path: Path, *, read_data: bool = False) -> list[Finding]:
+    """Of a store that need not be fit to be opened, as the child of a check finds them."""
+    environment = Environment(path / "data")
+    with closing(environment), closing(ReadTxn(environment)) as txn:
+        return check(txn, read_data=read_data)
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    """Of the sound store, to be damaged. The file of cells has holes, which need not be copied."""
+    subprocess.run(["cp", "-r", "--sparse=always", sound, tmp_path / "copy"], check=True)
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("length", [None, 0, 3 * schema.CELL_BYTES, 4 * schema.CELL_BYTES - 1])
+def test_a_file_of_cells_that_is_cut_short_is_found(copy: Path, length: int | None) -> None:
+    file = copy / "data" / "cells"
+    if length is None:
+        file.unlink()
+    else:
+        os.truncate(file, length)
+    what, left = ("is missing", 0) if length is None else ("is cut short", length // schema.CELL_BYTES)
+    said = Finding("cell", f"{file} {what}: {CELLS - left} objects should be there")
+    assert findings_of(copy) == [said]
+    first, *rest = findings_of(copy, read_data=True)
+    assert first == said and len(rest) == CELLS - left
+    assert {each.code for each in rest} == {"data"}, "what was in it is read, and not found"
+
+
+def test_the_bytes_of_cells_are_read(copy: Path) -> None:
+    def flip(fd: int, at: int) -> None:
+        (byte,) = os.pread(fd, 1, at)
+        os.pwrite(fd, bytes([byte ^ 1]), at)
+
+    with (copy / "data" / "cells").open("r+b") as file:
+        flip(file.fileno(), 2 * schema.CELL_BYTES + 4096 * 5 + 77)
+        flip(file.fileno(), 7 * schema.CELL_BYTES + schema.CELL_PAD + 60)
+    assert findings_of(copy) == []
+    page, header = findings_of(copy, read_data=True)[:2]
+    assert (page.code, page.volume, page.page) == ("data", "vm", 600 + 2 * 31 + 4)
+    assert header == Finding("data", f"object {FIRST + 7} has no sound header")

@@ -14,12 +14,13 @@ from silofs.layers.pending import Pending
 from silofs.layers.store import CommitResult
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import GIB, TIB
-from tests.storerig import Rig, page_bytes
+from tests.storerig import Rig, object_keys, page_bytes
 
 
 def records(rig: Rig, table: schema.Table) -> int:
+    """Of a table; of objects, those in cells as well."""
     with rig.store.reader() as txn:
-        return sum(1 for _ in txn.scan_keys(table))
+        return len(object_keys(txn)) if table is schema.OBJECT else sum(1 for _ in txn.scan_keys(table))
 
 
 def volume(rig: Rig, size: int = GIB, name: str = "vm") -> bytes:
@@ -250,7 +251,9 @@ def test_a_lost_leaf_is_damage_and_heals_by_overwriting(rig: Rig, caplog: pytest
         assert {finding.code for finding in left} <= {"live", "object"}
 
     def clear(txn: WriteTxn) -> None:
-        for table in (schema.OBJECT, schema.NAME, schema.LIVE):
+        for key in object_keys(txn):
+            txn._remove_object(key)
+        for table in (schema.NAME, schema.LIVE):
             for key in list(txn.scan_keys(table)):
                 txn._delete(table, key)
 

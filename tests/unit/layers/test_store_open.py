@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import lmdb
@@ -81,6 +82,26 @@ def test_a_shortened_file_is_refused(made: Path, length: int) -> None:
     with pytest.raises(BadFormat):
         Store.open(made)
     assert contents(made) == before
+
+
+@pytest.mark.parametrize("length", [None, 0, 8 * schema.CELL_BYTES - 1])
+def test_a_file_of_cells_that_is_not_whole_is_refused(made: Path, length: int | None) -> None:
+    rig = Rig(made)
+    vm = rig.store.reader().volume_by_name("vm").uuid
+    rig.put(vm, range(31 * 8))
+    rig.close()
+    cells, kept = made / "data" / "cells", made / "kept"
+    cells.rename(kept)
+    if length is not None:
+        cells.write_bytes(kept.open("rb").read(length))
+    before = (made / "data" / "data.mdb").read_bytes()
+    with pytest.raises(BadFormat, match="is missing" if length is None else "is cut short") as refused:
+        Store.open(made)
+    assert "check --repair" in (refused.value.hint or "") and cells.exists() == (length is not None)
+    assert (made / "data" / "data.mdb").read_bytes() == before
+    kept.replace(cells)
+    with closing(Rig(made)) as whole:  # while the error, and so the attempt's frames, are still there
+        assert whole.findings() == []
 
 
 def test_other_files_are_refused(made: Path) -> None:
@@ -168,8 +189,7 @@ def test_a_full_map_grows_and_the_function_runs_again(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for start in range(0, 2000, 400):
-            rig.put(vm, range(start, start + 400))
+        rig.put_inline(vm, range(2000))
     finally:
         stop.set()
         reader.join()
@@ -185,9 +205,9 @@ def test_a_map_that_cannot_grow_is_a_full_store(tmp_path: Path, monkeypatch: pyt
     vm = rig.store.write(lambda txn: txn.create_volume("vm", GIB)).uuid
     with rig.store.reader() as txn:
         with pytest.raises(StoreFull):
-            rig.put(vm, range(1000))
+            rig.put_inline(vm, range(1000))
         assert txn.volume(vm).data_pages == 0
-    rig.put(vm, range(1000))
+    rig.put_inline(vm, range(1000))
     rig.close()
 
 

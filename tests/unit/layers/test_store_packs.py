@@ -18,7 +18,7 @@ from silofs.layers.pack import Laid, Packed
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.use_records import USER, USER_COUNT, read_use
 from silofs.packing import BlockWriter
-from tests.storerig import Rig, page_bytes, read_layer
+from tests.storerig import Rig, object_keys, page_bytes, read_layer
 
 SIZE = 4 * LEAF_PAGES * PAGE
 
@@ -64,8 +64,9 @@ def show(rig: Rig, layer: int, size: int = SIZE) -> bytes:
 
 
 def keys(rig: Rig, table: schema.Table) -> int:
+    """Records of a table; of objects, those in cells as well."""
     with rig.store.reader() as txn:
-        return sum(1 for _ in txn.scan_keys(table))
+        return len(object_keys(txn)) if table is schema.OBJECT else sum(1 for _ in txn.scan_keys(table))
 
 
 def empty(rig: Rig) -> None:

@@ -10,19 +10,30 @@ from pathlib import Path
 import pytest
 
 from silofs import failpoints
+from silofs.blocks import PAGE
 from silofs.errors import BadFormat, Damaged
 from silofs.layers import catalog, schema
 from silofs.layers.environment import Environment
 from silofs.layers.format import Format, read_format
 from silofs.layers.store import Store
-from tests.storerig import Rig
+from silofs.limits import GIB
+from tests.storerig import Rig, page_bytes
 
-SAMPLE = Path(__file__).parents[2] / "golden" / "store-v1.tar.xz"
+SAMPLES = Path(__file__).parents[2] / "golden"
+RELEASED = range(1, schema.FORMAT_VERSION)
+"""Versions before this one."""
+
+
+@pytest.fixture(params=RELEASED)
+def version(request: pytest.FixtureRequest) -> int:
+    number: int = request.param
+    return number
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Iterator[Path]:
-    shutil.unpack_archive(SAMPLE, tmp_path)
+def old(tmp_path: Path, version: int) -> Iterator[Path]:
+    """A store of that version."""
+    shutil.unpack_archive(SAMPLES / f"store-v{version}.tar.xz", tmp_path)
     yield tmp_path / "store"
     failpoints.rearm("")
 
@@ -32,8 +43,8 @@ def tables(store: Path, version: int) -> set[str]:
         return {table.name for table in environment.tables}
 
 
-def test_a_store_of_version_1_is_upgraded_once(old: Path) -> None:
-    assert read_format(old / "data").version == 1
+def test_a_store_of_an_older_version_is_upgraded_once(old: Path, version: int) -> None:
+    assert read_format(old / "data").version == version
     Store.open(old).close()
     assert read_format(old / "data").version == schema.FORMAT_VERSION
     assert tables(old, schema.FORMAT_VERSION) == {table.name for table in schema.TABLES}
@@ -43,14 +54,13 @@ def test_a_store_of_version_1_is_upgraded_once(old: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("point", "version"),
-    [("upgrade.tables", 1), ("upgrade.before_commit", 1), ("upgrade.after_commit", schema.FORMAT_VERSION)],
+    ("point", "done"), [("upgrade.tables", False), ("upgrade.before_commit", False), ("upgrade.after_commit", True)]
 )
-def test_an_interrupted_upgrade_is_one_of_the_two(old: Path, point: str, version: int) -> None:
+def test_an_interrupted_upgrade_is_one_of_the_two(old: Path, version: int, point: str, done: bool) -> None:
     failpoints.rearm(f"{point}:raise")
     with pytest.raises(failpoints.FailpointReached):
         Store.open(old)
-    assert read_format(old / "data").version == version
+    assert read_format(old / "data").version == (schema.FORMAT_VERSION if done else version)
     failpoints.rearm("")
     rig = Rig(old)
     assert rig.findings() == []
@@ -58,8 +68,23 @@ def test_an_interrupted_upgrade_is_one_of_the_two(old: Path, point: str, version
     assert read_format(old / "data").version == schema.FORMAT_VERSION
 
 
-def test_a_damaged_old_store_is_not_upgraded(old: Path) -> None:
-    with closing(Environment(old / "data", version=1)) as environment, environment.begin(write=True) as txn:
+def test_an_upgraded_store_uses_cells(old: Path) -> None:
+    rig = Rig(old)
+    assert not (old / "data" / "cells").exists()
+    vm = rig.store.write(lambda txn: txn.create_volume("large", GIB)).uuid
+    for seed in range(3):
+        rig.put(vm, range(300), seed=seed)
+    rig.reopen()
+    assert (old / "data" / "cells").exists()
+    assert rig.read("large")[: 300 * PAGE] == b"".join(page_bytes(page, 2) for page in range(300))
+    with rig.store.reader() as txn:
+        assert txn.entries(schema.CELL) == 10
+    assert rig.findings() == []
+    rig.close()
+
+
+def test_a_damaged_old_store_is_not_upgraded(old: Path, version: int) -> None:
+    with closing(Environment(old / "data", version=version)) as environment, environment.begin(write=True) as txn:
         txn.put(b"hostC", b"x", db=environment.tables[schema.PEER])  # the state does not know of it
     before = (old / "data" / "data.mdb").read_bytes()
     with pytest.raises(Damaged):
@@ -67,8 +92,8 @@ def test_a_damaged_old_store_is_not_upgraded(old: Path) -> None:
     assert (old / "data" / "data.mdb").read_bytes() == before
 
 
-def test_a_version_of_before_the_first_is_refused(old: Path) -> None:
-    with closing(Environment(old / "data", version=1)) as environment, environment.begin(write=True) as txn:
+def test_a_version_of_before_the_first_is_refused(old: Path, version: int) -> None:
+    with closing(Environment(old / "data", version=version)) as environment, environment.begin(write=True) as txn:
         key = schema.META_FORMAT
         value = catalog.encode(schema.META, key, Format(0, schema.ENGINE, b""))
         txn.put(key, value, db=environment.tables[schema.META])

@@ -11,7 +11,7 @@ from silofs.layers.catalog import Role
 from silofs.layers.policies import drain
 from silofs.layers.rewrite import Reap
 from silofs.limits import GIB, TIB
-from tests.storerig import Rig, page_bytes
+from tests.storerig import Rig, object_keys, page_bytes
 
 
 def create(rig: Rig, name: str = "vm", size: int = GIB) -> bytes:
@@ -61,7 +61,7 @@ def test_clones_share_until_the_last_one_goes(rig: Rig) -> None:
     rig.store.write(lambda txn: txn.delete_volume(other))
     with rig.store.reader() as txn:
         assert txn.layers() == []
-        assert not list(txn.scan_keys(schema.OBJECT))
+        assert not object_keys(txn)
 
 
 def test_pinned_layers_stay(rig: Rig) -> None:

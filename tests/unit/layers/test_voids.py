@@ -15,7 +15,7 @@ from silofs.layers.policies import drain
 from silofs.layers.reclaim import Reclaim
 from silofs.layers.transaction import WriteTxn
 from silofs.limits import GIB, TIB
-from tests.storerig import Rig, page_bytes
+from tests.storerig import Rig, object_keys, page_bytes
 
 LEAVES = 600  # with a page in each: more than are changed one by one
 
@@ -60,7 +60,7 @@ def test_a_void_reads_as_zeros_at_once_and_gives_its_space_back_in_steps(rig: Ri
         volume = txn.volume(vm)
         layer = txn.layer(volume.head)
         assert (volume.data_pages, layer.own_pages, layer.leaves, layer.voids, txn.state.unsettled) == (1, 1, 1, b"", 0)
-        assert len(list(txn.scan_keys(schema.OBJECT))) == 1
+        assert len(object_keys(txn)) == 1
     assert rig.findings() == []
 
 
