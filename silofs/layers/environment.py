@@ -18,6 +18,7 @@ from lmdb import verify
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
 from silofs.layers.cell_map import CellMap
+from silofs.layers.cells import FILE as CELLS_FILE
 from silofs.layers.cells import CellFile
 from silofs.layers.held import Held
 from silofs.layers.notes import Note, Notes
@@ -58,7 +59,10 @@ class Environment:
         self.notes.writer.go_through(0)
         self.unpacked = UnpackedBlocks(UNPACKED_BLOCKS)
         self.map_bytes = map_bytes or _map_bytes(path)
-        self.cells = CellFile(path, map_bytes=_map_bytes(path))
+        try:
+            self.cells = CellFile(path, map_bytes=_map_bytes(path))
+        except OSError as error:
+            raise StoreError(f"{path / CELLS_FILE} cannot be opened: {error.strerror}") from error
         self.free_cells: CellMap | None = None  # the writer's; without it no cell is written to
         try:
             self.lmdb = lmdb.Environment(

@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from silofs.blocks import PAGE, leaves_for
-from silofs.errors import BadFormat, Damaged
+from silofs.errors import BadFormat, Damaged, StoreError
 from silofs.layers import catalog, cells, schema, writer
 from silofs.layers.catalog import State, Value
 from silofs.layers.cells import CellFile, CellsFailed
@@ -903,3 +903,14 @@ def test_a_reader_that_outlives_a_daemon_keeps_what_it_sees(
     rig.put(vm, [501])
     assert free.waiting <= 10
     assert shown(rig) == content(3)
+
+
+def test_a_file_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "store")
+    rig.close()
+    path = rig.path / "data" / "cells"
+    path.mkdir()
+    with pytest.raises(StoreError, match=f"{path} cannot be opened: Is a directory"):
+        Store.open(rig.path)
+    path.rmdir()
+    Store.open(rig.path).close()
