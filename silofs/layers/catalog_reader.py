@@ -99,8 +99,11 @@ class CatalogReader:
     def fetch(self, table: Table, key: bytes) -> memoryview | None:
         """The raw value, None when there is none; Damaged when LMDB's tree is, or the medium cannot give it."""
         self._look_up(table, key)
+        handle = self._environment.tables.get(table)
+        if handle is None:
+            return None  # the store is of a version that did not have it
         try:
-            return self._txn.get(key, db=self._environment.tables[table])
+            return self._txn.get(key, db=handle)
         except lmdb.Error as error:
             raise self._unreadable(table, error) from error
 
@@ -136,9 +139,12 @@ class CatalogReader:
         """Every (key, value) whose key starts with `prefix`, ascending. Changes nothing while it runs."""
         if (bad := self._environment.bad) is not None:
             bad.refuse_scan(table, prefix=prefix)
+        handle = self._environment.tables.get(table)
+        if handle is None:
+            return
         try:
             self._note.go_through(table.number)
-            cursor = self._txn.cursor(db=self._environment.tables[table])
+            cursor = self._txn.cursor(db=handle)
             found = cursor.set_range(prefix) if prefix else cursor.first()
             while found:
                 key, value = cursor.item()
@@ -155,9 +161,12 @@ class CatalogReader:
         """Every key from `start` on, ascending. Values are not touched: of large ones that is much cheaper."""
         if (bad := self._environment.bad) is not None:
             bad.refuse_scan(table, start=start, values=False)
+        handle = self._environment.tables.get(table)
+        if handle is None:
+            return
         try:
             self._note.go_through(table.number)
-            cursor = self._txn.cursor(db=self._environment.tables[table])
+            cursor = self._txn.cursor(db=handle)
             if start and not cursor.set_range(start):
                 return
             for key in cursor.iternext(keys=True, values=False):
@@ -169,7 +178,8 @@ class CatalogReader:
 
     def entries(self, table: Table) -> int:
         """How many records a table has, by LMDB's own count."""
-        return int(self._txn.stat(self._environment.tables[table])["entries"])
+        handle = self._environment.tables.get(table)
+        return 0 if handle is None else int(self._txn.stat(handle)["entries"])
 
     def _scan_records(self, table: Table, kind: type[R], prefix: bytes = b"") -> Iterator[tuple[bytes, R]]:
         for key, value in self.scan(table, prefix):

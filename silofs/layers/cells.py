@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from silofs.blocks import PAGE
 from silofs.errors import BadFormat, Damaged
 from silofs.layers import schema
 from silofs.layers.filesystem import free_bytes, punch, sync_directory
@@ -93,7 +94,10 @@ class CellFile:
         if cell >= self.cells:
             raise Damaged(f"cell {cell} lies behind the end of {self.path}")
         at = cell * CELL_BYTES + CELL_PAD
-        touch(self._address + at, schema.OBJECT_BYTES)
+        touch(self._address + at, schema.HEADER_BYTES)
+        # Nothing behind its last page, which may have no blocks: to read such a place needs memory on a full tmpfs.
+        _, _, pages, _ = schema.HEADER.unpack_from(self._view, at)
+        touch(self._address + at + schema.HEADER_BYTES, min(pages, schema.OBJECT_PAGES) * PAGE)
         return self._view[at : at + schema.OBJECT_BYTES]
 
     # Writing

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from silofs.errors import BadFormat, Damaged
 from silofs.layers import catalog, containers, schema
 from silofs.layers.catalog import R
@@ -43,6 +45,22 @@ class Salvage:
                 f"nothing of a store can be found in {data_file}: what leads to its records is damaged",
                 hint="restore the store from a copy; nothing was changed",
             )
+
+        version = self._version()
+        if version > schema.FORMAT_VERSION:
+            self.close()
+            message = f"the store has format {version}; this silofs knows up to {schema.FORMAT_VERSION}"
+            raise BadFormat(message, hint="use the silofs that made it, or a newer one; nothing was changed")
+
+    def _version(self) -> int:
+        """Of the format, as far as its record can be read; 0 if it cannot."""
+        for key, value in self._tree.records(schema.META.name):
+            if key == schema.META_FORMAT:
+                try:
+                    return int(msgspec.msgpack.decode(schema.open_record(schema.META, key, value))[0])
+                except (Damaged, msgspec.MsgspecError):
+                    return 0
+        return 0
 
     def close(self) -> None:
         self._tree.close()

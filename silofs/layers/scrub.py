@@ -5,8 +5,12 @@ cannot read is a SIGBUS. The process that serves volumes must not die of looking
 died of is a finding as well. The child only reads: it sees the newest commit at the moment when it begins. What the
 medium cannot give goes into quarantine (quarantine.py), as when a daemon dies of it, and another child begins anew.
 
-The child's output is msgpack: ("step", done, total), ("finding", code, message, volume, layer, page), then
-("counted", volumes, layers).
+The child is of the program as it is installed, which need not be the one that asks: so a store of an earlier version is
+looked at as it is, and the child says first which version of the format it knows, if it is asked. One that does not is
+an earlier program's, and what it would find is not believed.
+
+The child's output is msgpack: ("format", version), ("step", done, total), ("finding", code, message, volume, layer,
+page), then ("counted", volumes, layers).
 """
 
 from __future__ import annotations
@@ -25,18 +29,22 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from silofs.errors import StoreError
 from silofs.layers.check import Finding, check
 from silofs.layers.environment import DATA_FILE, Environment
+from silofs.layers.format import read_format
 from silofs.layers.memfd import SLOT
 from silofs.layers.notes import Notes
 from silofs.layers.quarantine import learn
 from silofs.layers.reader import ReadTxn
+from silofs.layers.schema import FORMAT_VERSION
 from silofs.layers.store import DATA_DIRECTORY
 from silofs.limits import NOTES_MAX
 
 log = logging.getLogger(__name__)
 
 LENGTH: Final = 4
+ASKS_FORMAT: Final = "--format"  # the child says first which it knows; an earlier program's does not know that
 
 
 class Scrubbed(NamedTuple):
@@ -78,11 +86,12 @@ def _scrub(
     store: Path, notes: int, read_data: bool, progress: Callable[[int, int], None] | None
 ) -> tuple[Scrubbed, int]:
     """One child, and how it ended."""
-    command = [sys.executable, "-P", "-m", __name__, str(store), str(notes), *(["--read-data"] if read_data else [])]
+    command = [sys.executable, "-P", "-m", __name__, str(store), str(notes), ASKS_FORMAT]
+    command += ["--read-data"] if read_data else []
     findings: list[Finding] = []
     volumes = layers = 0
     done = total = 0
-    complete = False
+    complete = known = False
     with (
         tempfile.TemporaryFile() as complaints,
         # A group of its own: ^C is for the caller, which ends the child itself.
@@ -100,13 +109,17 @@ def _scrub(
             while len(head := child.stdout.read(LENGTH)) == LENGTH:
                 body = child.stdout.read(int.from_bytes(head, "little"))
                 kind, *fields = msgspec.msgpack.decode(body)
+                known = known or (kind == "format" and fields == [FORMAT_VERSION])
+                if not known:
+                    hint = "silofs restart, then again"
+                    raise StoreError("the installed silofs is not the one that serves", hint=hint)
                 if kind == "step":
                     done, total = fields
                     if progress is not None:
                         progress(done, total)
                 elif kind == "finding":
                     findings.append(Finding(*fields))
-                else:
+                elif kind == "counted":
                     (volumes, layers), complete = fields, True
         except BaseException:
             child.kill()
@@ -143,8 +156,12 @@ def main(arguments: list[str]) -> None:
         say("step", done, total)
         tell()
 
+    if ASKS_FORMAT in arguments:
+        say("format", FORMAT_VERSION)
     notes = Notes(memoryview(mmap.mmap(int(arguments[1]), 0)))
-    with closing(ReadTxn(Environment(Path(arguments[0]) / DATA_DIRECTORY, notes=notes))) as txn:
+    notes.writer.go_through(0)
+    version = read_format(Path(arguments[0]) / DATA_DIRECTORY).version
+    with closing(ReadTxn(Environment(Path(arguments[0]) / DATA_DIRECTORY, version=version, notes=notes))) as txn:
         check(txn, read_data="--read-data" in arguments, progress=step, into=found)
         tell()
         say("counted", len(txn.volumes()), len(txn.layers()))

@@ -8,13 +8,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from silofs import failpoints
 from silofs.blocks import PAGE
-from silofs.errors import BadFormat, Damaged
-from silofs.layers import catalog, schema
+from silofs.errors import BadFormat, Damaged, StoreError
+from silofs.layers import catalog, schema, scrub
 from silofs.layers.environment import Environment
 from silofs.layers.format import Format, read_format
+from silofs.layers.salvage import Salvage
 from silofs.layers.store import Store
 from silofs.limits import GIB
 from tests.storerig import Rig, page_bytes
@@ -99,3 +101,34 @@ def test_a_version_of_before_the_first_is_refused(old: Path, version: int) -> No
         txn.put(key, value, db=environment.tables[schema.META])
     with pytest.raises(BadFormat, match="format 0"):
         Store.open(old)
+
+
+def test_a_check_looks_at_an_older_store_as_it_is(tmp_path: Path) -> None:
+    """An older daemon serves it, and starts the child that is installed."""
+    shutil.unpack_archive(SAMPLES / "store-v2.tar.xz", tmp_path)
+    path = tmp_path / "store"
+    found = scrub.scrub(path, read_data=True)
+    assert found.findings == [] and found.volumes
+    assert read_format(path / "data").version == 2, "nothing was changed"
+
+
+def test_a_child_of_another_program_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path / "store")
+    rig.close()
+    monkeypatch.setattr(scrub, "ASKS_FORMAT", "--not-known-there")
+    with pytest.raises(StoreError) as raised:
+        scrub.scrub(rig.path)
+    assert raised.value.hint and "restart" in raised.value.hint
+
+
+def test_a_newer_store_is_not_repaired(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "store")
+    rig.close()
+    data = rig.path / "data"
+    with closing(Environment(data)) as environment, environment.begin(write=True) as txn:
+        key, table = schema.META_FORMAT, environment.tables[schema.META]
+        found = catalog.decode(schema.META, key, txn.get(key, db=table) or b"", Format)
+        newer = replace(found, version=schema.FORMAT_VERSION + 1)
+        txn.put(key, catalog.encode(schema.META, key, newer), db=table)
+    with pytest.raises(BadFormat, match=f"has format {schema.FORMAT_VERSION + 1}"):
+        Salvage(data / "data.mdb")
