@@ -12,7 +12,7 @@ import pytest
 
 from silofs.layers.environment import Environment
 from silofs.layers.reader import ReadTxn
-from silofs.layers.schema import CONTAINER, OBJECT, PAGES
+from silofs.layers.schema import CELL, CONTAINER, OBJECT, PAGES
 from silofs.layers.store import Store
 from tests.fuse.mounts import Mount
 
@@ -23,7 +23,7 @@ MIB = 1 << 20
 def used(mount: Mount) -> int:
     """Bytes that stored pages take, by the newest commit."""
     with closing(Environment(mount.store / "data")) as environment, closing(ReadTxn(environment)) as txn:
-        large = sum(1 for table in (OBJECT, CONTAINER) for _ in txn.scan_keys(table))
+        large = sum(1 for table in (OBJECT, CELL, CONTAINER) for _ in txn.scan_keys(table))
         return large * 128 * 1024 + sum(1 for _ in txn.scan_keys(PAGES)) * 4096
 
 
