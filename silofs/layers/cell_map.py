@@ -33,7 +33,7 @@ class _Bits:
     def extend(self, bitmap: Bitmap) -> None:
         """More cells behind the last one."""
         self._bits = np.concatenate((self._bits, bitmap))
-        self.count += int(np.unpackbits(bitmap).sum(dtype=np.int64))
+        self.count += int.from_bytes(bitmap.tobytes(), "little").bit_count()
 
     def put(self, cells: npt.NDArray[np.int64], present: bool) -> None:
         """Add cells that are not in it, or remove cells that are."""
@@ -80,12 +80,10 @@ class CellMap:
         """`cells`: that the file has, whole maps of them. `used`: the records, by number; a map without one is free."""
         self._solid, self._hollow = _Bits(), _Bits()
         self._waiting: deque[tuple[int, npt.NDArray[np.int64]]] = deque()
-        self.cells = 0
-        for number in range(cells >> MAP_SHIFT):
-            bitmap = np.frombuffer(used.get(number, bytes(MAP_BYTES)), np.uint8)
-            self._solid.extend(~bitmap)
-            self._hollow.extend(np.zeros(MAP_BYTES, np.uint8))
-            self.cells += MAP_CELLS
+        maps, none = cells >> MAP_SHIFT, bytes(MAP_BYTES)
+        self.cells = maps * MAP_CELLS
+        self._solid.extend(~np.frombuffer(b"".join(used.get(number, none) for number in range(maps)), np.uint8))
+        self._hollow.extend(np.zeros(maps * MAP_BYTES, np.uint8))
 
     @property
     def free(self) -> int:

@@ -1,8 +1,8 @@
 """A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
 
-STORE/lock        flock, held as long as anyone uses the store; says that this is one
-STORE/data/       the LMDB environment, and beside it the file of cells (silofs/layers/cells.py)
-STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
+    STORE/lock        flock, held as long as anyone uses the store; says that this is one
+    STORE/data/       the LMDB environment, and beside it the file of cells (silofs/layers/cells.py)
+    STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
 """
 
 from __future__ import annotations
