@@ -83,7 +83,8 @@ MEMORY_LOOK_S = 15.0  # ... when it is looked at, this often
 # FUSE
 FUSE_MAX_TASKS = 5000  # parked requests of one volume must not stall another
 DAMAGE_TOLD_MAX = 1000  # different damages that a daemon logs
-FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint
+FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real checkpoint ...
+FUSE_BURST_NS = 2_000_000  # ... or for so long
 FUSE_SPIN_NS = 50_000  # the next request is asked for again and again for so long before it is waited for ...
 FUSE_SPIN_REST = 16  # ... but not at so many waits after one at which that was for nothing
 REQUEST_BYTES_MAX = 1 * MIB

@@ -132,13 +132,14 @@ class Session:
 class _Polled:
     """pyfuse3's wait for the next request, asking the descriptor before epoll.
 
-    At most FUSE_POLL_BURST requests in a row are taken that way, so that other tasks get the loop. pyfuse3 reads right
-    after `wait` returned, with no await in between: the descriptor that was readable here is readable there. That is
-    also why it is asked again after epoll said so, since another task may have read in the meantime, and a read of
-    nothing would end the loop.
+    At most FUSE_POLL_BURST requests in a row, or FUSE_BURST_NS of them, are taken that way, so that other tasks get the
+    loop: a commit that is due while large writes follow each other, above all. pyfuse3 reads right after `wait`
+    returned, with no await in between: the descriptor that was readable here is readable there. That is also why it is
+    asked again after epoll said so, since another task may have read in the meantime, and a read of nothing would end
+    the loop.
     """
 
-    __slots__ = ("_bell", "_draining", "_fd", "_own", "_poll", "_poll_both", "_rest", "_seen", "_taken")
+    __slots__ = ("_bell", "_draining", "_fd", "_own", "_poll", "_poll_both", "_rest", "_seen", "_taken", "_until")
 
     def __init__(
         self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool], seen: Seen | None, bell: Bell
@@ -156,17 +157,21 @@ class _Polled:
         self._draining = draining
         self._seen = seen
         self._taken = 0
+        self._until = 0  # the burst's end, by perf_counter_ns
         self._rest = limits.FUSE_SPIN_REST  # waits before it is worth another try to spin
 
     async def wait(self) -> bool:
         """True when a request (or the end of the mount) can be read, False to end this task."""
         if self._draining():
             return False
-        taken = self._taken + 1
-        if taken < limits.FUSE_POLL_BURST and (self._poll(0) or self._spin()):
+        taken, now = self._taken + 1, perf_counter_ns()
+        if taken == 1:
+            self._until = now + limits.FUSE_BURST_NS
+        going_on = taken < limits.FUSE_POLL_BURST and now < self._until
+        if going_on and (self._poll(0) or self._spin()):
             self._taken = taken
             return True
-        if self._seen is not None and self._seen(self._taken, taken < limits.FUSE_POLL_BURST):
+        if self._seen is not None and self._seen(self._taken, going_on):
             self._seen = None
         self._taken = 0
         if self._bell.expected and await self._wait_both():
