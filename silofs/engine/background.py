@@ -1,10 +1,10 @@
 """Runs the store's policies (silofs/layers/rewrite.py) beside what clients want, and after it.
 
-One bounded step at a time, on the writer's thread, between commits: a step begins only when no commit runs or waits, so
-an fsync waits for the rest of one step at most. A policy in a hurry, whose work piles up, takes turns with commits
-instead, else a load that never pauses would starve it and the file would grow. Nothing runs while a volume is frozen
-for its switch-over, while commits fail, or when the store is read-only; what a step had not committed is as if never
-begun.
+One bounded step at a time, on the writer's thread, between commits: a step begins only when no commit runs, waits or is
+near, so an fsync waits for the rest of one step at most. A policy in a hurry, whose work piles up, takes turns with
+commits instead, else a load that never pauses would starve it and the file would grow. Nothing runs while a volume is
+frozen for its switch-over, while commits fail, or when the store is read-only; what a step had not committed is as if
+never begun.
 """
 
 from __future__ import annotations

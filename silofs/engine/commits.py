@@ -232,8 +232,9 @@ class Commits:
 
     @property
     def busy(self) -> bool:
-        """Whether a commit runs, waits, or failed."""
-        return self._lock.locked() or self.failed is not None
+        """Whether a commit runs, failed, is wanted, or will be before a step in between had ended."""
+        soon = self._kicked.is_set() or self.waiting >= COMMIT_BYTES // 2
+        return soon or self._lock.locked() or self.failed is not None
 
     async def step(self, policy: Policy) -> Stepped:
         """A step of background work, between commits, and published. Reads see the store before or after it."""

@@ -11,6 +11,7 @@ import trio
 from silofs.engine.background import Background
 from silofs.layers.native import Source
 from silofs.layers.rewrite import Budget, Policy, rewrite
+from silofs.limits import COMMIT_BYTES, LOG_BYTES, MIB
 from tests.unit.engine.rig import Rig, page, read, write
 
 
@@ -82,6 +83,24 @@ async def test_nothing_moves_while_a_volume_is_frozen(rig: Rig) -> None:
                 while policy.steps == 0:
                     await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
+
+
+async def test_a_commit_that_will_soon_be_due_goes_first(tmp_path: Path) -> None:
+    """A step that begins just before a commit does would hold up everybody who waits for room in the ring."""
+    rig = Rig(tmp_path / "store", ring=LOG_BYTES)
+    async with rig.running() as engine:
+        volume = await rig.volume(COMMIT_BYTES)
+        commits = engine.commits
+        assert not commits.busy
+        for number in range(COMMIT_BYTES // 2 // MIB):
+            assert not commits.busy
+            assert engine.write_now(volume, number * MIB, bytes(MIB - 1) + b"x")
+        assert commits.busy
+        await engine.flush(volume)
+        await commits.round()
+        assert not commits.busy
+        commits.kick()
+        assert commits.busy
 
 
 async def test_a_policy_that_fails_is_left_alone_for_a_while(rig: Rig) -> None:
