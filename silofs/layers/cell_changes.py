@@ -48,9 +48,9 @@ class CellChanges(Puts):
             some = Source(source.base, source.at[: len(cells) * OBJECT_PAGES])
             self._cells_mark = self._environment.cells.write(first_id, some, cells)
             self._environment.cells.begin_sync(self._cells_mark)  # it has the time until the end of the transaction
-            for object_id, cell in enumerate(cells, first_id):
-                key = schema.KEY.pack(object_id)
-                self._put(schema.CELL, key, schema.cell_record(key, cell), append=True)
+            keys = [schema.KEY.pack(object_id) for object_id in range(first_id, first_id + len(cells))]
+            records = [(key, schema.cell_record(key, cell)) for key, cell in zip(keys, cells, strict=True)]
+            self._append(schema.CELL, records)
         return len(cells)
 
     def _remove_object(self, key: bytes) -> bool:

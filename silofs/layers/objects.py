@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 RELEASED_MAX: Final = 1 << 20  # references whose release may wait in memory
 OBJECTS_AT_ONCE: Final = 8  # put together before they are stored: 1 MiB
 _LIVE_ROW: Final = np.dtype("<u4")
+_FULL: Final = (1 << schema.OBJECT_PAGES) - 1
 
 Masks = npt.NDArray[np.uint32]
 
@@ -68,24 +69,18 @@ class ObjectChanges(CellChanges):
 
     def _put_objects(self, layers: int | Sequence[int], pages: Sequence[int], source: Source) -> Refs:
         """Store pages of one layer, or with a layer for each, 31 to an object; their references."""
-        refs = np.empty(len(pages), np.uint64)
-        first_id = object_id = self._counters.next_object
+        first_id = self._counters.next_object
+        end_id = first_id + -(-len(pages) // schema.OBJECT_PAGES)
+        assert end_id <= schema.OBJECT_ID_MAX
         in_cells = self._put_in_cells(first_id, source)
         inline = Source(source.base, source.at[in_cells * schema.OBJECT_PAGES :])
         self._put_in_lmdb(first_id + in_cells, inline)
-        for at in range(0, len(pages), schema.OBJECT_PAGES):
-            some = slice(at, at + schema.OBJECT_PAGES)
-            numbers = pages[some]
-            key = schema.KEY.pack(object_id)
-            name = schema.object_name(key, layers if isinstance(layers, int) else layers[some], numbers)
-            self._put(schema.NAME, key, name, append=True)
-            self._new_objects[object_id] = (1 << len(numbers)) - 1
-            first = schema.ref(schema.DATA, object_id)
-            refs[some] = np.arange(first, first + len(numbers) * schema.SLOT_STEP, schema.SLOT_STEP)
-            object_id += 1
-        assert object_id <= schema.OBJECT_ID_MAX
-        self.count(next_object=object_id)
-        return refs
+        self._append(schema.NAME, schema.object_names(first_id, layers, pages))
+        self._new_objects.update(dict.fromkeys(range(first_id, end_id), _FULL))
+        if rest := len(pages) % schema.OBJECT_PAGES:
+            self._new_objects[end_id - 1] = (1 << rest) - 1
+        self.count(next_object=end_id)
+        return schema.object_refs(first_id, len(pages))
 
     def _put_in_lmdb(self, object_id: int, source: Source) -> None:
         """Store objects as records, some at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lmdb
@@ -38,6 +39,16 @@ class Puts(ReadTxn):
         self.keys_changed += 1
         self.put_bytes += len(value)
         self._txn.put(key, value, append=append, db=self._environment.tables[table])
+
+    def _append(self, table: Table, records: Sequence[tuple[bytes, bytes]]) -> None:
+        """Store records whose keys ascend and are higher than all others of the table."""
+        if not records:
+            return
+        self._look_up(table, records[0][0])  # all go to the tree's last page, or to new ones
+        self.keys_changed += len(records)
+        self.put_bytes += sum(len(value) for _, value in records)
+        with self._txn.cursor(db=self._environment.tables[table]) as cursor:
+            cursor.putmulti(records, append=True)
 
     def _delete(self, table: Table, key: bytes) -> bool:
         self._look_up(table, key)

@@ -269,12 +269,27 @@ NAME_ENTRY: Final = Struct("<QQ")  # layer, page
 LONE_NAME: Final = Struct("<IIQQQ16s")  # 1, LONE, layer, page, checksum of the page, its last 16 bytes
 
 
-def object_name(key: bytes, layer: int | Sequence[int], pages: Sequence[int]) -> bytes:
-    """The name record of an object: of one layer's pages, or with a layer for each."""
+def object_names(first_id: int, layer: int | Sequence[int], pages: Sequence[int]) -> list[tuple[bytes, bytes]]:
+    """The name records, (key, value), of the objects `first_id`, `first_id` + 1, … that have 31 of these pages each.
+
+    `layer`: of all pages, or one for each.
+    """
     entries = np.empty((len(pages), 2), np.uint64)
     entries[:, 0] = layer
     entries[:, 1] = pages
-    return seal_record(NAME, key, NAME_HEAD.pack(len(pages), DATA) + entries.tobytes())
+    packed = entries.tobytes()
+    step = OBJECT_PAGES * NAME_ENTRY.size
+    names = []
+    for object_id, at in enumerate(range(0, len(packed), step), first_id):
+        key, some = KEY.pack(object_id), packed[at : at + step]
+        names.append((key, seal_record(NAME, key, NAME_HEAD.pack(len(some) // NAME_ENTRY.size, DATA) + some)))
+    return names
+
+
+def object_refs(first_id: int, count: int) -> Refs:
+    """The references to so many pages in the slots of the objects `first_id`, `first_id` + 1, …, 31 to each."""
+    objects, slots = np.divmod(np.arange(count, dtype=np.uint64), np.uint64(OBJECT_PAGES))
+    return (objects + np.uint64(first_id)) << np.uint64(OBJECT_SHIFT) | slots << np.uint64(SLOT_SHIFT) | np.uint64(DATA)
 
 
 def open_name(key: bytes, value: Buffer) -> list[tuple[int, int]]:

@@ -51,7 +51,7 @@ def worked_example() -> str:
     first, second = schema.KEY.pack(1), schema.KEY.pack(2)
     header = schema.object_header(1, [schema.page_sum(page, 1, slot) for slot, page in enumerate(pages)])
     lines += dump("object 1, its header", first, header, 64)
-    lines += dump("name 1", first, schema.object_name(first, 1, range(31)), 64)
+    lines += dump("name 1", first, schema.object_names(1, 1, range(31))[0][1], 64)
     lines += dump("name 2, of a lone page", second, schema.lone_name(second, 2, 1, 40, lone))
 
     refs = leaves.HOLES.copy()

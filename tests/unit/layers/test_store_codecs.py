@@ -108,13 +108,29 @@ def test_page_is_bound_to_object_and_slot() -> None:
         schema.object_page(9, 0, swapped)
 
 
+def test_names_and_references_of_objects_fill_their_slots() -> None:
+    pages, layers = list(range(100, 170)), [page % 3 + 1 for page in range(100, 170)]
+    refs = schema.object_refs(7, len(pages)).tolist()
+    found = []
+    for key, value in schema.object_names(7, layers, pages):
+        (object_id,) = schema.KEY.unpack(key)
+        entries = schema.open_name(key, value)
+        found += [(schema.ref(schema.DATA, object_id, slot), entry) for slot, entry in enumerate(entries)]
+    assert found == list(zip(refs, zip(layers, pages, strict=True), strict=True))
+    assert [schema.object_of(refs[index]) for index in (0, 30, 31, 61, 62, 69)] == [7, 7, 8, 8, 9, 9]
+    assert schema.object_names(7, 1, []) == [] and not len(schema.object_refs(7, 0))
+    last = schema.OBJECT_ID_MAX
+    assert schema.object_refs(last, 31).tolist()[-1] == schema.ref(schema.DATA, last, 30)
+
+
 def test_lone_page_needs_both_of_its_records() -> None:
     page = bytes(range(256)) * 16
     key = schema.KEY.pack(5)
     name = schema.lone_name(key, 5, 2, 77, page)
     assert schema.lone_page(key, 5, page[:4080], name) == page
     assert schema.open_name(key, name) == [(2, 77)]
-    for value, record in ((page[1:4081], name), (page[:4000], name), (page[:4080], schema.object_name(key, 2, [77]))):
+    [(_, other)] = schema.object_names(5, 2, [77])
+    for value, record in ((page[1:4081], name), (page[:4000], name), (page[:4080], other)):
         with pytest.raises(Damaged):
             schema.lone_page(key, 5, value, record)
 
