@@ -69,7 +69,8 @@ class Salvage:
     def records(self, table: Table) -> Iterator[tuple[bytes, bytes]]:
         """(key, value) of every record that is what its checksum says, ascending as they are stored.
 
-        Objects in cells come as records of `object`, after those that are some.
+        Objects in cells come as records of `object`, after those that are some. One whose header is damaged has a new
+        one if pages of it are sound, for each of which there is a checksum.
         """
         yield from self._sound(table, self._tree.records(table.name))
         if table is schema.OBJECT:
@@ -94,7 +95,10 @@ class Salvage:
             except Damaged as error:
                 log.warning("%s", error)
                 self.damaged[table.name] = self.damaged.get(table.name, 0) + 1
-                continue
+                mended = _mended(table, key, value)
+                if mended is None:
+                    continue
+                value = mended
             yield key, value
 
     def decoded(self, table: Table, kind: type[R]) -> dict[bytes, R]:
@@ -107,6 +111,16 @@ class Salvage:
                 log.warning("%s", error)
                 self.damaged[table.name] = self.damaged.get(table.name, 0) + 1
         return found
+
+
+def _mended(table: Table, key: bytes, value: bytes) -> bytes | None:
+    """What can be made of a damaged record."""
+    if table is not schema.OBJECT or len(key) != schema.KEY.size:
+        return None
+    try:
+        return schema.with_sound_header(schema.KEY.unpack(key)[0], value)
+    except Damaged:
+        return None
 
 
 def _verify(table: Table, key: bytes, value: bytes) -> None:

@@ -224,6 +224,19 @@ def check_header(object_id: int, value: memoryview) -> int:
     raise Damaged(f"object {object_id} has no sound header")
 
 
+def with_sound_header(object_id: int, value: bytes) -> bytes:
+    """An object whose header is damaged, with a new one over the pages that match their sums; Damaged if none does."""
+    view = memoryview(value)
+    if len(view) == OBJECT_BYTES:
+        pages = [view[at : at + PAGE] for at in range(HEADER_BYTES, OBJECT_BYTES, PAGE)]
+        stored = list(SUMS[OBJECT_PAGES].unpack_from(view, SUMS_AT))
+        sound = [stored[slot] == sum_ for slot, sum_ in enumerate(page_sums(pages, object_id))]
+        if any(sound):
+            count = OBJECT_PAGES - sound[::-1].index(True)
+            return object_header(object_id, stored[:count]) + value[HEADER_BYTES:]
+    raise Damaged(f"object {object_id} has no sound header")
+
+
 def object_page(object_id: int, slot: int, value: memoryview) -> memoryview:
     """One page of an object's value, verified."""
     if len(value) == OBJECT_BYTES and slot < OBJECT_PAGES:

@@ -305,6 +305,40 @@ def test_pages_of_cells_that_cannot_be_read_are_given_up_alone(rig: Rig, monkeyp
     compare(before, result, store)
 
 
+PADDING = schema.SUMS_AT + 8 * schema.OBJECT_PAGES + 100
+FOURTH = schema.SUMS_AT + 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("at", "gone"), [(0, 0), (8, 0), (16, 0), (PADDING, 0), (FOURTH, 1), (schema.HEADER_SUM_AT, 0)]
+)
+@pytest.mark.parametrize("place", ["cell", "LMDB"])
+def test_pages_are_kept_whose_object_has_a_damaged_header(rig: Rig, place: str, at: int, gone: int) -> None:
+    """At its magic, its id, its count, its padding, a page's checksum, its own checksum."""
+    before = contents(rig.store)
+    file = cells_file(rig) if place == "cell" else rig.path / "data" / "data.mdb"
+    rig.store.close()
+    with file.open("r+b") as stream:
+        content = stream.read()
+        header = content.index(schema.HEADER.pack(schema.OBJECT_MAGIC, *_first(content)))
+        stream.seek(header + at)
+        stream.write(bytes([content[header + at] ^ 1]))
+    result, store = repaired(rig)
+    assert bool(result.losses) == bool(gone) and result.rebuilt == ["1 records of table object"]
+    assert all([end - first for first, end in loss.ranges] == [PAGE] for loss in result.losses)
+    compare(before, result, store)
+
+
+def _first(content: bytes) -> tuple[int, int, int]:
+    """Id, pages and the rest of the first object of a file that has all its pages."""
+    at = -1
+    while True:
+        at = content.index(schema.OBJECT_MAGIC, at + 1)
+        _, object_id, pages, rest = schema.HEADER.unpack_from(content, at)
+        if pages == schema.OBJECT_PAGES:
+            return object_id, pages, rest
+
+
 def test_a_cell_with_another_object_is_none_of_the_first_one(rig: Rig) -> None:
     """As when the table of cells is of the past."""
     before = contents(rig.store)
