@@ -118,6 +118,7 @@ class Daemon:
         self._serving = trio.CancelScope()
         self._restarts = 0
         self._deaths: int | None = None
+        self._refused: dict[str, Any] | None = None  # why the program of a restart is not the one that serves
         self._capabilities: list[str] = []
 
     # Coming up
@@ -201,6 +202,7 @@ class Daemon:
         self._log.upgrade()  # not before it is known that this program can open the store: then the old one goes on
         self._restarts = int(message.fields.get("restarts", 0))
         self._deaths = message.fields.get("deaths")  # a holder of an earlier program does not say
+        self._refused = message.fields.get("refused")
         self._capabilities = [str(word) for word in message.fields.get("capabilities", [])]
         service = Service(self._engine, host=self)
         held = Freezes(self._engine)
@@ -324,6 +326,7 @@ class Daemon:
             "listen": self._args.listen,
             "restarts": self._restarts,
             "deaths": self._deaths,
+            "refused": self._refused,
             "capabilities": self._capabilities,
             "open_handles": len(self._log.handles),
             "no_journal": self._engine.commits.journal.absent or None,

@@ -17,7 +17,7 @@ from silofs.cli.output import App, pairs
 from silofs.cli.runner import call, holder_says, lock_owner
 from silofs.cli.sizes import show_size
 from silofs.cli.verbs import common
-from silofs.errors import Busy, Exit, NoDaemon, NoStore, NoSuchThing, SiloError, TryAgain, UserError
+from silofs.errors import Busy, Exit, NoDaemon, NoStore, NoSuchThing, SiloError, TryAgain, UserError, error_of
 
 
 @click.command("mount", short_help="Mount the store's volumes as files.")
@@ -100,6 +100,11 @@ def restart_command(app: App) -> None:
         if time.monotonic() - started > limits.START_S:
             raise TryAgain("the new daemon does not serve yet", hint="silofs status says why; I/O is held meanwhile")
         time.sleep(0.02)
+    refused = now.get("refused")
+    if refused:
+        # The program of before had a daemon waiting, and it serves.
+        message = f"the program as it is installed now cannot open the store: {refused['message']}"
+        raise error_of(str(refused["code"]))(message, hint=f"the one of before goes on; {refused['hint']}")
     seconds = round(time.monotonic() - started, 3)
     app.result({"daemon_pid": now["daemon_pid"], "old_daemon_pid": before["daemon_pid"], "seconds": seconds})
     app.note(f"daemon {before['daemon_pid']} was replaced by {now['daemon_pid']}")

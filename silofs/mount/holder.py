@@ -63,7 +63,8 @@ class Holder:
         self._restart: tuple[Child, int] | None = None  # the successor that a `restart` waits for, and its id
         self._last_exit = ""
         self._killed = 0  # the signal that ended the last daemon
-        self._refused: dict[str, Any] | None = None
+        self._refused: dict[str, Any] | None = None  # what the last daemon said that could not open the store,
+        self._refused_at = 0.0  # and when it had been started
         self._over: int | None = None  # exit status once everything is done
         self._wakeup, wakeup_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
@@ -128,8 +129,17 @@ class Holder:
         assert self._init is not None
         capabilities = [*self._init.capabilities, *self._abilities]
         child.channel.send(
-            "serve", [self._fuse], restarts=self._generations, deaths=self._deaths, capabilities=capabilities
+            "serve",
+            [self._fuse],
+            restarts=self._generations,
+            deaths=self._deaths,
+            capabilities=capabilities,
+            refused=self._refusal_before(child),
         )
+
+    def _refusal_before(self, child: Child) -> dict[str, Any] | None:
+        """Why the program of a restart could not open the store, and this daemon, which is older, serves."""
+        return self._refused if child.started_at < self._refused_at else None
 
     def _promote(self) -> None:
         """Give the place of a dead daemon to the first successor that is warm; start one if there is none."""
@@ -185,7 +195,7 @@ class Holder:
             child.enter(Stage.SERVING, now)
             child.pong_at = now
             self._generations += 1
-            self._refused = None
+            self._refused = self._refusal_before(child)
             self._backoff.served()
             for older in [spare for spare in self._spares if spare.started_at < child.started_at]:
                 self._drop_spare(older, "a newer daemon serves")  # after a restart: it would be the old program
@@ -295,7 +305,7 @@ class Holder:
             return
         delay = 0.0
         if child.refusal is not None:
-            self._refused = child.refusal
+            self._refused, self._refused_at = child.refusal, child.started_at
             delay = self._backoff.failed()
             if any(spare.stage is Stage.WARM for spare in self._spares):
                 delay = 0.0  # after a restart: the program of before may well be able to

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import socket
@@ -210,9 +211,17 @@ def test_an_upgrade_that_cannot_open_the_store_falls_back_to_the_old_program(odd
         (before,) = daemons(odd) - {odd.status()["daemon_pid"]}
         wait((odd.store / f"started-{before}").exists, "it is past the point at which it looks")
         (odd.store / "refuse-new").touch()
+        done = odd.silofs("restart", check=False)
+        assert done.returncode == BadFormat.exit_code
+        assert "cannot open the store: this test refuses the store" in done.stderr and "goes on" in done.stderr
+        now = odd.status()
+        assert now["state"] == "serving" and now["daemon_pid"] == before and now["restarts"] == 1
+        said = json.loads(odd.silofs("status", "--json").stdout)
+        assert said["refused"]["code"] == now["refused"]["code"] == "bad_format"
+        writer.progress()
+        (odd.store / "refuse-new").unlink()
         odd.silofs("restart")
-        wait(lambda: odd.status()["state"] == "serving" and odd.status()["daemon_pid"] == before, "the old one serves")
-        assert odd.status()["restarts"] == 1
+        assert odd.status()["refused"] is None and "bad_format" not in odd.silofs("status").stdout
         writer.progress()
 
 
