@@ -8,6 +8,7 @@ from typing import Any
 import lmdb
 import msgspec
 
+from silofs.errors import Damaged
 from silofs.layers import catalog, schema
 from silofs.layers.catalog import Record, State
 from silofs.layers.environment import Environment
@@ -35,20 +36,25 @@ class Puts(ReadTxn):
     # Keys
 
     def _put(self, table: Table, key: bytes, value: Buffer, *, append: bool = False) -> None:
+        """`append`: behind all others of the table. Damaged when some are higher: LMDB leaves such a record out."""
         self._look_up(table, key)
         self.keys_changed += 1
         self.put_bytes += len(value)
-        self._txn.put(key, value, append=append, db=self._environment.tables[table])
+        stored = self._txn.put(key, value, append=append, db=self._environment.tables[table])
+        if not stored:
+            raise _not_the_end(table)
 
     def _append(self, table: Table, records: Sequence[tuple[bytes, bytes]]) -> None:
-        """Store records whose keys ascend and are higher than all others of the table."""
+        """Store records whose keys ascend and are higher than all others of the table; Damaged when they are not."""
         if not records:
             return
         self._look_up(table, records[0][0])  # all go to the tree's last page, or to new ones
         self.keys_changed += len(records)
         self.put_bytes += sum(len(value) for _, value in records)
         with self._txn.cursor(db=self._environment.tables[table]) as cursor:
-            cursor.putmulti(records, append=True)
+            _, stored = cursor.putmulti(records, append=True)
+        if stored != len(records):
+            raise _not_the_end(table)
 
     def _delete(self, table: Table, key: bytes) -> bool:
         self._look_up(table, key)
@@ -91,3 +97,7 @@ class Puts(ReadTxn):
         self.count(catalog=self._counters.catalog ^ schema.stored_sum(older))
         self._rows(table, -1)
         return self._delete(table, key)
+
+
+def _not_the_end(table: Table) -> Damaged:
+    return Damaged(f"table {table.name} has records behind the last id that was given out")

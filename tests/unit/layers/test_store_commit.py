@@ -258,3 +258,20 @@ def test_a_lost_leaf_is_damage_and_heals_by_overwriting(rig: Rig, caplog: pytest
                 txn._delete(table, key)
 
     rig.store.write(clear)
+
+
+@pytest.mark.parametrize("pages", [range(100, 103), range(100, 131), range(100, 100 + 9 * 31)])
+def test_a_counter_of_the_past_stops_writes_and_loses_none(rig: Rig, pages: range) -> None:
+    """As after damage. LMDB would leave out what is to be appended and does not come last, and say nothing."""
+    vm = volume(rig, 8 << 20)
+    rig.put(vm, range(600))
+    before = rig.read("vm")
+    now = rig.store.write(lambda txn: txn.state.next_object)
+    rig.store.write(lambda txn: txn.count(next_object=2))
+    for page in pages:
+        rig.write(vm, page * PAGE, b"new!" * (PAGE // 4))
+    result = rig.commit()
+    assert "behind the last id" in str(result.failed[vm])
+    assert rig.read("vm") == before
+    rig.store.write(lambda txn: txn.count(next_object=now))
+    assert not rig.findings()
