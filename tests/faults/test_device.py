@@ -18,7 +18,7 @@ from silofs.layers.environment import DATA_FILE
 from silofs.layers.journal import BLOCK, DIRECTORY, Replay
 from silofs.layers.store import Store
 from tests.faults.inject import injected
-from tests.harness import Mount
+from tests.harness import Mount, until
 
 pytestmark = [pytest.mark.fuse, pytest.mark.crash]
 MIB, PAGE = 1 << 20, 4096
@@ -149,6 +149,7 @@ def synced_one_by_one(mount: Mount) -> list[int]:
     mount.silofs("create", "vm1", "--size", "1M")
     for _ in range(5):
         known = mount.status()
+        until(lambda: mount.silofs_json("status")["no_journal"] is None, "there is a journal")
         with mount.image("vm1").open("r+b", buffering=0) as image:
             os.fsync(image.fileno())
             for number in range(10):
