@@ -227,7 +227,9 @@ class Daemon:
             nursery.start_soon(self._signals)
             nursery.start_soon(self._give_back)
             can_resend = "resend" in self._capabilities
-            self._session.attach(fuse, can_resend=can_resend, seen=requests.seen, bell=self._engine.bell)
+            engine = self._engine
+            crowd, bell = engine.writes, engine.bell
+            self._session.attach(fuse, can_resend=can_resend, seen=requests.seen, bell=bell, crowd=crowd)
             self._state = "serving"
             self._holder.send("serving")
             with self._serving:

@@ -34,6 +34,7 @@ REOPEN_BYTES = 512 * MIB  # at either end of the data file, compared with the di
 
 # The write log (memfd ring) and commits
 LOG_BYTES = 48 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one
+CROWD_BYTES = 32 * MIB  # of writes that wait for room in the ring; beyond it no further request is read for now
 LOG_RECORD_MAX = 1 * MIB + 4096  # bytes of payload in one record
 COMMIT_BYTES = 16 * MIB  # a background commit starts at this much pending
 COMMIT_AGE_S = 2.0  # or at this age of the oldest pending record

@@ -7,6 +7,7 @@ ends what does not end by itself, by pid.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from silofs.layers.store import LOCK_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
@@ -92,6 +95,8 @@ class Mount:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(status[role]), signal.SIGKILL)
         self._end()
+        # Whoever is in the middle of a write to the disk finishes it first, and has the store's lock until then.
+        until(lambda: _unlocked(self.store), "holder and daemon are gone")
 
     def image(self, volume: str) -> Path:
         return self.mountpoint / f"{volume}.img"
@@ -179,6 +184,15 @@ def _disconnected(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def _unlocked(store: Path) -> bool:
+    with (store / LOCK_FILE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _serves(pid: int, store: Path) -> bool:

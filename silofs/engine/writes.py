@@ -18,7 +18,7 @@ from silofs.errors import BadSize
 from silofs.layers.held import BYTE_COST, WRITE_COST, worst_case
 from silofs.layers.log import WriteLog
 from silofs.layers.records import EXTEND, WRITE, ZERO
-from silofs.limits import INCOMING_WRITE_WAIT_S, REQUEST_BYTES_MAX, SIZE_MAX
+from silofs.limits import CROWD_BYTES, INCOMING_WRITE_WAIT_S, REQUEST_BYTES_MAX, SIZE_MAX
 
 Data = bytes | memoryview
 
@@ -31,6 +31,8 @@ class Writes:
         self._reads = reads
         self._commits = commits
         self.waited = 0
+        self.crowding = 0  # bytes of writes that wait for room in the log, each of which is held in memory
+        self._eased: trio.Event | None = None  # for who waits until they are fewer
 
     # The hot path
 
@@ -96,7 +98,7 @@ class Writes:
             else:
                 whole = offset, data
             if not self._log.room(len(whole[1])):
-                await self._commits.round()
+                await self._room(len(data))
                 continue
             cost = worst_case(len(whole[1]))
             if not self._commits.admits(cost):
@@ -104,6 +106,24 @@ class Writes:
                 continue
             self._record(volume, EXTEND if offset + len(data) > volume.size else WRITE, *whole)
             return
+
+    async def _room(self, length: int) -> None:
+        """Wait for a commit, which makes room in the log; raise if it fails."""
+        self.crowding += length
+        try:
+            await self._commits.round()
+        finally:
+            self.crowding -= length
+            if self.crowding <= CROWD_BYTES and self._eased is not None:
+                self._eased.set()
+                self._eased = None
+
+    async def eased(self) -> None:
+        """Return when no more than CROWD_BYTES wait for room. They do not wait for long: a commit lands, or fails."""
+        while self.crowding > CROWD_BYTES:
+            if self._eased is None:
+                self._eased = trio.Event()
+            await self._eased.wait()
 
     async def admitted(self, volume: VolumeState) -> None:
         """Return when the volume's gate is open; raise when it is shut, or when the volume does not arrive in time."""
@@ -191,4 +211,4 @@ class Writes:
         self._commits.grew(volume)
 
     def statistics(self) -> dict[str, int]:
-        return {"waited": self.waited}
+        return {"waited": self.waited, "crowding": self.crowding}

@@ -21,6 +21,7 @@ import select
 import sys
 from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
+from typing import Protocol
 
 import pyfuse3
 import trio
@@ -34,6 +35,15 @@ from silofs.mount.answers import Answers
 log = logging.getLogger(__name__)
 
 Seen = Callable[[int, bool], bool]
+
+
+class Crowd(Protocol):
+    """Writes that were read and wait for room. `eased` returns when they are no more than CROWD_BYTES."""
+
+    crowding: int
+
+    async def eased(self) -> None: ...
+
 
 BELL_WAIT_MS = 1  # a write of the journal that takes longer is waited for in epoll
 BELL_COSTS = 8  # requests of a burst that waiting for one in place counts as
@@ -83,10 +93,11 @@ class Session:
                 trio.lowlevel.notify_closing(self._fd)
                 await trio.lowlevel.checkpoint()
 
-    def attach(self, fuse: int, *, can_resend: bool, seen: Seen, bell: Bell) -> None:
+    def attach(self, fuse: int, *, can_resend: bool, seen: Seen, bell: Bell, crowd: Crowd) -> None:
         """Put the mount's descriptor in the place of the socket; `fuse` is closed. can_resend: the kernel does.
 
         seen: told how many requests were read, and that there was none more, until it says that it has heard enough.
+        crowd: requests that were read and wait; there is an end to how many more are read.
         """
         self._can_resend = can_resend
         os.dup2(fuse, self._fd, inheritable=False)
@@ -95,7 +106,7 @@ class Session:
         own = getattr(pyfuse3, "_wait_fuse_readable", None)
         if own is not None:
             # Another pyfuse3 may not have it; then its own loop runs, slower and just as right.
-            polled = _Polled(self._fd, own, self._is_draining, seen, bell)
+            polled = _Polled(self._fd, own, self._is_draining, seen, bell, crowd)
             bell.wait = polled.wait_for_bell
             pyfuse3._wait_fuse_readable = polled.wait  # type: ignore[attr-defined]
         else:
@@ -139,16 +150,35 @@ class _Polled:
     the loop.
     """
 
-    __slots__ = ("_bell", "_draining", "_fd", "_own", "_poll", "_poll_both", "_rest", "_seen", "_taken", "_until")
+    __slots__ = (
+        "_bell",
+        "_crowd",
+        "_draining",
+        "_fd",
+        "_own",
+        "_poll",
+        "_poll_both",
+        "_rest",
+        "_seen",
+        "_taken",
+        "_until",
+    )
 
     def __init__(
-        self, fd: int, own: Callable[[], Awaitable[bool]], draining: Callable[[], bool], seen: Seen | None, bell: Bell
+        self,
+        fd: int,
+        own: Callable[[], Awaitable[bool]],
+        draining: Callable[[], bool],
+        seen: Seen | None,
+        bell: Bell,
+        crowd: Crowd,
     ) -> None:
         self._fd = fd
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         self._poll = poller.poll
         self._bell = bell
+        self._crowd = crowd
         both = select.poll()
         both.register(fd, select.POLLIN)
         both.register(bell.fd, select.POLLIN)
@@ -162,6 +192,8 @@ class _Polled:
 
     async def wait(self) -> bool:
         """True when a request (or the end of the mount) can be read, False to end this task."""
+        if self._crowd.crowding > limits.CROWD_BYTES:
+            await self._crowd.eased()
         if self._draining():
             return False
         taken, now = self._taken + 1, perf_counter_ns()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from silofs import limits
 from tests.fuse.mounts import Mount, wait
 
 pytestmark = pytest.mark.fuse
@@ -69,3 +71,34 @@ def test_laps_of_the_ring_under_kills(tmp_path: Path) -> None:
         assert b"".join(os.pread(fd, MIB, at) for at in range(0, 16 * MIB, MIB)) == expected
         os.close(fd)
         assert mount.silofs("check", "--read-data").returncode == 0
+
+
+def test_a_client_with_hundreds_of_large_writes_does_not_fill_memory(tmp_path: Path) -> None:
+    """Each one that was read and waits for room in the ring is in memory; what was not read waits in the kernel."""
+    threads, each = 192, 2
+    with Mount(tmp_path) as mount:
+        fd = os.open(mount.create("vm1", threads * each * MIB), os.O_RDWR)
+        pid = mount.status()["daemon_pid"]
+        before, most = anonymous(pid), 0
+
+        def write(number: int) -> None:
+            for at in range(number * each, number * each + each):
+                assert os.pwrite(fd, at.to_bytes(8, "little") * (MIB // 8), at * MIB) == MIB
+
+        writers = [threading.Thread(target=write, args=(number,)) for number in range(threads)]
+        for writer in writers:
+            writer.start()
+        while any(writer.is_alive() for writer in writers):
+            most = max(most, anonymous(pid))
+            writers[-1].join(0.002)
+        assert most - before < 3 * limits.CROWD_BYTES, "each is there twice for a moment, beside a few more"
+        os.fsync(fd)
+        for at in range(threads * each):
+            assert os.pread(fd, MIB, at * MIB) == at.to_bytes(8, "little") * (MIB // 8)
+        os.close(fd)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of memory that a process has for itself."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("RssAnon:")[2].split()[0]) << 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from silofs.blocks import PAGE
-from silofs.engine import Engine, Gate
+from silofs.engine import Engine, Gate, writes
 from silofs.errors import BadSize, Exists, NotOwner, SiloError, StoreBroken, StoreError, StoreFull
 from silofs.layers.catalog import Role
 from silofs.layers.held import Held, worst_case
@@ -269,6 +269,43 @@ async def test_writers_that_wait_for_room_hear_of_the_failure(
         with failing(rig, StoreFull("full")):
             assert isinstance(await outcome(engine.write(volume, 0, page(2))), StoreFull)
         await engine.write(volume, 0, page(2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_writes_that_wait_for_room_are_a_crowd_until_a_commit_has_ended(
+    make_rig: Callable[..., Rig], autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """What was read and waits is in memory: the session reads no further requests meanwhile, and goes on after it."""
+    monkeypatch.setattr(writes, "CROWD_BYTES", 2 * PAGE)
+    rig = make_rig(ring=8 * (PAGE + 128))
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        number = 0
+        while engine.write_now(volume, number * PAGE, page(1)):
+            number += 1
+        outcomes, eased = [], []
+
+        async def writer(number: int) -> None:
+            outcomes.append(await outcome(engine.write(volume, number * PAGE, page(2))))
+
+        async def session() -> None:
+            await engine.writes.eased()
+            eased.append(engine.writes.crowding)
+
+        rig.inline.hold()
+        with failing(rig, StoreFull("full")) if fails else nullcontext():
+            async with trio.open_nursery() as nursery:
+                for number in range(3):
+                    await engine.writes.eased()
+                    nursery.start_soon(writer, number)
+                    await wait_all_tasks_blocked()
+                assert engine.writes.crowding == 3 * PAGE
+                nursery.start_soon(session)
+                await wait_all_tasks_blocked()
+                assert not eased and not outcomes
+                rig.inline.release.set()
+        assert engine.writes.crowding == 0 and eased[0] <= 2 * PAGE
+        assert [isinstance(each, StoreFull) for each in outcomes] == [fails] * 3
 
 
 async def test_a_change_that_is_refused_does_not_take_the_writes_with_it(rig: Rig, autojump_clock: MockClock) -> None:

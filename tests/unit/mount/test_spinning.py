@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import trio
 
 from silofs import limits
 from silofs.engine.threads import Bell
@@ -42,7 +43,13 @@ class Waiter:
         self.pipe, self.clock = pipe, clock
         self.slept = 0
         self.bell = Bell()
-        self.polled = _Polled(pipe[0], self._sleep, lambda: False, None, self.bell)
+        self.crowding = 0
+        self.polled = _Polled(pipe[0], self._sleep, lambda: False, None, self.bell, self)
+
+    async def eased(self) -> None:
+        """As a crowd: it never is one for longer than it is waited for."""
+        await trio.sleep(1)
+        self.crowding = 0
 
     async def _sleep(self) -> bool:
         self.slept += 1
@@ -116,3 +123,14 @@ async def test_it_is_left_while_the_bell_is_expected(waiter: Waiter) -> None:
     waiter.bell._ended.append((lambda error: None, None))
     assert await waiter.request()
     assert waiter.clock.looks == 1, "at the start of the burst, and not to spin"
+
+
+async def test_nothing_is_read_while_too_much_waits_for_room(waiter: Waiter, autojump_clock: object) -> None:
+    os.write(waiter.pipe[1], b"r")
+    waiter.crowding = limits.CROWD_BYTES
+    before = trio.current_time()
+    assert await waiter.polled.wait()
+    assert trio.current_time() == before
+    waiter.crowding = limits.CROWD_BYTES + 1
+    assert await waiter.polled.wait()
+    assert trio.current_time() > before
