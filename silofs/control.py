@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,11 +25,9 @@ import trio
 
 from silofs import limits
 from silofs.errors import NotAuthorised, SiloError, TryAgain, UserError
-from silofs.sockets import short_path
+from silofs.sockets import nameless, peer_uid, short_path
 
 log = logging.getLogger(__name__)
-
-_UCRED = struct.Struct("iII")
 
 
 class Call:
@@ -123,14 +121,24 @@ class _Started:
 
 
 def _listen(path: Path) -> socket.socket:
-    """A listening socket that only this user can reach from the moment it exists."""
+    """A listening socket that only this user can reach from the moment it exists.
+
+    On a disk that has no room for it, as XFS takes blocks even for a socket, one without a name there: that commands
+    are heard is how room is made.
+    """
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     mask = os.umask(0o177)
     try:
-        with short_path(path) as name:
-            sock.bind(name)
+        try:
+            with short_path(path) as name:
+                sock.bind(name)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("there is no room for %s; commands find the daemon without", path)
+            sock.bind(nameless(path.parent))
     except BaseException:
         sock.close()
         raise
@@ -138,14 +146,6 @@ def _listen(path: Path) -> socket.socket:
         os.umask(mask)
     sock.listen(limits.CONTROL_CONNECTIONS_MAX)
     return sock
-
-
-def peer_uid(sock: trio.socket.SocketType) -> int:
-    """The user at the other end."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    assert isinstance(raw, bytes)
-    uid: int = _UCRED.unpack(raw)[1]
-    return uid
 
 
 def authorised(sock: trio.socket.SocketType) -> bool:

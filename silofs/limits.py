@@ -22,6 +22,7 @@ CHAIN_DEPTH_MAX = 1000  # layers; those that nothing names are merged long befor
 MERGE_DEPTH = 8  # layers; deeper chains are merged even where that gives nothing back
 MAX_READERS = 126  # LMDB reader slots
 HELD_AHEAD_BYTES = 64 * MIB  # allocated for writes that are still to come, whenever more must be allocated
+HELD_LEAVES_BYTES = 8 * MIB  # of the file system that are not held: for sockets, logs and what LMDB does not see
 HELD_RESERVE_BYTES = 16 * MIB  # of what is held that only deletes, the cleaner and ownership records may use
 SPACE_FLOOR_BYTES = 64 * MIB  # the same of the whole file system, where space cannot be held
 VOID_LEAVES = 256  # of a volume, zeroed in one commit by changing each; whole leaves beyond become void
@@ -94,6 +95,7 @@ FUSE_MAX_BACKGROUND = 4096  # asynchronous requests in flight in the kernel; wit
 # The holder and its daemon
 CRASH_DEATHS = 50  # so many deaths of the daemon ...
 CRASH_WINDOW_S = 30.0  # ... within this time are a crash loop: I/O is held and the daemon started at growing intervals
+CRASH_STARTS = 10  # ... and so are more daemons in a row that die before they have served anything
 CRASH_DELAY_S = 1.0  # the first such interval
 CRASH_DELAY_MAX_S = 30.0
 START_S = 120.0  # a daemon opens the store and replays the log within this, or is killed

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from struct import Struct
+from typing import Final, Protocol
 
 CONTROL: Final = "control.sock"
+_CREDENTIALS: Final = Struct("iII")  # pid, uid, gid
 _SUN_PATH = 107  # bytes of a socket's path, its terminator not counted (unix(7))
+
+
+def nameless(store: Path) -> bytes:
+    """The socket's address while the store's disk has no room for one: an abstract one (unix(7)), which takes none.
+
+    Anybody on the host can take such an address first, so whoever connects to it looks at who listens.
+    """
+    status = store.stat()
+    return f"\0silofs/{status.st_dev}/{status.st_ino}".encode()
+
+
+class _Socket(Protocol):
+    """Of Python or of trio."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int) -> bytes: ...
+
+
+def peer_uid(sock: _Socket) -> int:
+    """The user at the other end; of whoever listens, the one who began to."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(raw)[1])
 
 
 @contextlib.contextmanager

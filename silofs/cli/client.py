@@ -17,7 +17,7 @@ from typing import Any
 
 from silofs import limits
 from silofs.errors import SiloError, TryAgain, error_of
-from silofs.sockets import CONTROL, short_path
+from silofs.sockets import CONTROL, nameless, peer_uid, short_path
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -33,8 +33,13 @@ def connect(store: Path) -> Connection | None:
     sock = Connection(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.store = store
     try:
-        with short_path(store / CONTROL) as path:
-            sock.connect(path)
+        try:
+            with short_path(store / CONTROL) as path:
+                sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.connect(nameless(store))
+            if peer_uid(sock) not in (0, store.stat().st_uid):
+                raise ConnectionRefusedError("somebody else has taken the daemon's address") from None
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         sock.close()
         return None

@@ -27,7 +27,7 @@ from silofs.blocks import PAGE
 from silofs.errors import StoreFull
 from silofs.layers.filesystem import allocate, free_bytes, holds_space
 from silofs.layers.freelist import free_pages, in_runs
-from silofs.limits import HELD_AHEAD_BYTES, HELD_RESERVE_BYTES, MIB, SPACE_FLOOR_BYTES
+from silofs.limits import HELD_AHEAD_BYTES, HELD_LEAVES_BYTES, HELD_RESERVE_BYTES, MIB, SPACE_FLOOR_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -153,13 +153,19 @@ class Held:
             log.warning("space cannot be held on this file system: writes are admitted by accounting")
 
     def _allocate(self, start: int, end: int) -> None:
-        """Allocate from `start` to `end`, as far as there is room; no more than an ordinary user could."""
+        """Allocate from `start` to `end`, as far as there is room; no more than an ordinary user could, nor all.
+
+        HELD_LEAVES_BYTES are left to what is made beside the data: on XFS even a socket needs blocks.
+        """
         end = -(-end // STEP_MIN) * STEP_MIN
         step = end - start
         fd = os.open(self.data_file, os.O_RDWR | os.O_CLOEXEC)
         try:
-            while start < end and step >= STEP_MIN and free_bytes(self.data_file) >= STEP_MIN:
-                step = min(step, end - start)
+            while start < end and step >= STEP_MIN:
+                room = free_bytes(self.data_file) - HELD_LEAVES_BYTES
+                if room < STEP_MIN:
+                    break
+                step = min(step, end - start, room // STEP_MIN * STEP_MIN)
                 error = allocate(fd, start, step)
                 if not error:
                     start += step
@@ -204,6 +210,20 @@ class Held:
                 # Blocks beyond the end go even when the size stays (ext4, XFS, tmpfs).
                 os.truncate(self.data_file, self.data_file.stat().st_size)
             self._end = 0
+
+    def spare(self) -> bool:
+        """Let others have what is held, if nobody counts on it; whether that gave them anything.
+
+        On the writer's thread, or where there is none: only so is the file not made longer meanwhile.
+        """
+        with self._topping, self._lock:
+            if self._claimed:
+                return False
+            before = self.data_file.stat()
+            os.truncate(self.data_file, before.st_size)
+            self._end = 0
+            self._free_at = float("-inf")
+            return self.data_file.stat().st_blocks < before.st_blocks
 
     # What is told
 

@@ -172,7 +172,13 @@ class Writer:
         full = held.full or (held.holds is False and not file.has_room(CELLS_KEPT))
         try:
             for first, count in free.excess(0 if full else CELLS_KEPT, CELLS_PUNCHED):
-                file.punch(first, count)
+                try:
+                    file.punch(first, count)
+                except OSError as error:
+                    # On XFS it takes blocks to give some back.
+                    if error.errno != errno.ENOSPC or not held.spare():
+                        raise
+                    file.punch(first, count)
                 free.punched(first, count)
         except OSError as error:
             if not self._told:

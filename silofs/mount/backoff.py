@@ -2,8 +2,8 @@
 
 Restarting at once is right for the crash that happens once a month, and for twenty kills in a row by a test; it is
 wrong for a daemon that dies at every start, which would eat a core for ever. So there is no delay until more than
-CRASH_DEATHS deaths lie within CRASH_WINDOW_S; from then on the holder *holds* (requests wait, without an error) and
-tries at doubling intervals.
+CRASH_DEATHS deaths lie within CRASH_WINDOW_S, or more than CRASH_STARTS daemons in a row have died before they served;
+from then on the holder *holds* (requests wait, without an error) and tries at doubling intervals.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ class Backoff:
 
     def __init__(self) -> None:
         self._deaths: list[float] = []
+        self._starts = 0  # in a row, that ended before anything was served
         self._held = 0
 
     @property
@@ -24,13 +25,14 @@ class Backoff:
         return self._held > 0
 
     def died(self, now: float, *, served_s: float) -> float:
-        """Seconds to wait before the next start. served_s: how long the dead one had served requests."""
+        """Seconds to wait before the next start. served_s: how long the dead one had served, 0 if it never did."""
         if served_s >= limits.CRASH_WINDOW_S:
             self._deaths.clear()
             self._held = 0
         self._deaths = [at for at in self._deaths if now - at < limits.CRASH_WINDOW_S]
         self._deaths.append(now)
-        if len(self._deaths) <= limits.CRASH_DEATHS:
+        self._starts = 0 if served_s else self._starts + 1
+        if len(self._deaths) <= limits.CRASH_DEATHS and self._starts <= limits.CRASH_STARTS:
             self._held = 0
             return 0.0
         return self._delay()
@@ -38,6 +40,7 @@ class Backoff:
     def learnt(self) -> None:
         """The last death taught something: its successor knows what it must not touch again. It does not count."""
         self._deaths[-1:] = []
+        self._starts = 0
 
     def failed(self) -> float:
         """The same for a daemon that said why it could not open the store: nobody gains from trying again at once."""
@@ -45,6 +48,7 @@ class Backoff:
 
     def served(self) -> None:
         """A daemon serves again after failures. Deaths are forgotten by their age alone."""
+        self._starts = 0
         if len(self._deaths) <= limits.CRASH_DEATHS:
             self._held = 0
 

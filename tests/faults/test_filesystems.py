@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,16 @@ def test_a_disk_that_others_fill(kind: str, tmp_path: Path) -> None:
                 pytest.fail("more was written than there is room for")
             about = mount.ask("status")
             assert about["state"] == "serving" and about["deaths"] == 0
+            # A daemon that starts now can make nothing at all there, on XFS not even a socket.
+            fill(disk)
+            os.kill(about["daemon_pid"], signal.SIGKILL)
+            if kind == "xfs":
+                assert os.pread(fd, MIB, 0) == expected[0]
+                assert mount.ask("status")["deaths"] == 1 and "vm1" in mount.silofs("ls").stdout
+            else:  # no space can be held there: what was acknowledged may wait in the log until there is some
+                wait(lambda: mount.status()["state"] != "starting", "it serves, or holds the requests")
             make_room(disk)
+            assert os.pread(fd, MIB, 0) == expected[0]
             wait(lambda: written(fd, expected[0], 0), "a write after room was made")
             os.fsync(fd)
             for at, data in expected.items():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ from silofs import limits
 from silofs.cli.client import connect, request
 from silofs.control import Call, parse_request, serve
 from silofs.errors import NoSuchVolume, SiloError, UserError
+from silofs.sockets import nameless
 
 Fields = dict[str, Any]
 
@@ -108,6 +112,33 @@ def send_raw(store: Path, data: bytes) -> bytes:
 async def test_a_request_and_its_result() -> None:
     async with served() as store:
         assert await trio.to_thread.run_sync(ask, store, "echo", {"name": "ä"}) == {"args": {"name": "ä"}}
+
+
+async def test_a_disk_without_room_for_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def full(path: Path) -> Iterator[str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield ""
+
+    monkeypatch.setattr("silofs.control.short_path", full)
+    async with served() as store:
+        assert not (store / "control.sock").exists()
+        assert await trio.to_thread.run_sync(ask, store, "echo", {"name": "a"}) == {"args": {"name": "a"}}
+    with place() as other:
+        assert connect(other) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="being somebody else needs root")
+def test_a_stranger_who_took_the_address_is_not_the_daemon() -> None:
+    with place() as store:
+        script = "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
+        script += "s.bind(bytes.fromhex(sys.argv[1])); s.listen(); print('listens', flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", script, nameless(store).hex()]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+            assert stranger.stdin is not None and stranger.stdout is not None
+            assert stranger.stdout.readline() == b"listens\n"
+            assert connect(store) is None
+            stranger.stdin.close()
 
 
 async def test_progress_comes_before_the_result() -> None:

@@ -14,9 +14,21 @@ def test_a_loop_is_held_at_doubling_intervals() -> None:
     backoff = Backoff()
     for number in range(limits.CRASH_DEATHS):
         assert backoff.died(number * 0.1, served_s=0.1) == 0.0
-    delays = [backoff.died(6.0 + number * 0.1, served_s=0.0) for number in range(8)]
+    delays = [backoff.died(6.0 + number * 0.1, served_s=0.1) for number in range(8)]
     assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     assert backoff.holding
+
+
+def test_daemons_that_never_serve_are_a_loop_however_slowly_they_die() -> None:
+    backoff = Backoff()
+    for number in range(limits.CRASH_STARTS):
+        assert backoff.died(number * 60.0, served_s=0.0) == 0.0
+    assert backoff.died(601.0, served_s=0.0) == limits.CRASH_DELAY_S
+    assert backoff.died(602.0, served_s=0.0) == 2 * limits.CRASH_DELAY_S
+    assert backoff.holding
+    backoff.served()
+    assert not backoff.holding
+    assert backoff.died(603.0, served_s=0.0) == 0.0
 
 
 def test_deaths_grow_old() -> None:
