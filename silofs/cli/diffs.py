@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from silofs.cli.output import App
+from silofs.cli.output import App, writing
 from silofs.cli.runner import call
 from silofs.cli.sizes import parse_snapshot, parse_target, show_size
 from silofs.cli.verbs import common
@@ -32,7 +32,8 @@ def diff_command(app: App, old: str, new: str | None) -> None:
         fields = call(app.store, "diff", args, fds=[file.fileno()], progress=None if app.json else app.progress)
         app.clear()
         file.seek(0)
-        _print(app, fields, file)
+        with writing():
+            _print(app, fields, file)
     for kind in ("data", "zero"):
         fields[kind] = show_size(fields[f"{kind}_bytes"])
     extents = "extent" if fields["count"] == 1 else "extents"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -23,11 +22,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     as_json, debug = "--json" in flags, "--debug" in flags
     verb = "silofs"
     try:
-        from silofs.cli import verbs
+        from silofs.cli import output, verbs
 
         try:
             code = verbs.main(args)
-            sys.stdout.flush()
+            with output.writing():
+                if sys.stdout is not None:
+                    sys.stdout.flush()
             return code
         except BaseException:
             verb = verbs.current_verb()
@@ -36,7 +37,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         if debug:
             _traceback()
         if isinstance(error, BrokenPipeError):
-            _close_stdout()
+            from silofs.cli.output import close_stdout
+
+            close_stdout()
             return Exit.FAILED
         return _report(_as_silo_error(error), verb=verb, as_json=as_json)
     except Exception as error:
@@ -67,12 +70,14 @@ def _as_silo_error(error: BaseException) -> SiloError:
 
 
 def _report(error: SiloError, *, verb: str, as_json: bool) -> int:
-    from silofs.cli.output import report_error
+    from silofs.cli.output import OutputLost, close_stdout, report_error
 
     try:
-        report_error(error, verb=verb, as_json=as_json)
+        report_error(error, verb=verb, as_json=as_json and not isinstance(error, OutputLost))
     except BrokenPipeError:
-        _close_stdout()
+        close_stdout()
+    except OutputLost:
+        report_error(error, verb=verb, as_json=False)
     return error.exit_code
 
 
@@ -80,11 +85,6 @@ def _traceback() -> None:
     import traceback
 
     traceback.print_exc()
-
-
-def _close_stdout() -> None:
-    """Keep the interpreter from complaining about a reader that went away."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ or NO_COLOR.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,7 +77,8 @@ class App:
         elif show is not None:
             text = show()
             if text:
-                print(text)
+                with writing():
+                    print(text)
 
     def talk_on_stderr(self) -> None:
         """From now on stdout is for the data that the verb itself writes there; JSON goes to stderr."""
@@ -127,8 +129,32 @@ class App:
 _stream: TextIO | None = None  # where JSON goes; None: stdout
 
 
+class OutputLost(SiloError):
+    """What goes to stdout cannot be written there, and neither can the error."""
+
+
+def close_stdout() -> None:
+    """Keep the interpreter from complaining about output that nobody takes."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Around what writes to stdout: an error of that is not one of the store's disk. BrokenPipeError comes through."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        close_stdout()
+        hint = "what the command was to do is done; make room where its output goes"
+        raise OutputLost(f"the output cannot be written: {error.strerror}", hint=hint) from error
+
+
 def emit(line: Mapping[str, Any]) -> None:
-    print(json.dumps(line, allow_nan=False), file=_stream, flush=True)
+    with writing():
+        print(json.dumps(line, allow_nan=False), file=_stream, flush=True)
 
 
 def progress_line(fields: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -515,3 +517,18 @@ def test_light_verbs_import_nothing_heavy() -> None:
     for args, loaded in ((["--version"], "[]"), (["--help"], "['click']"), (["peer", "ls"], "['click']")):
         done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == loaded, args
+
+
+@pytest.mark.parametrize("command", [["ls", "--json"], ["ls"], ["info", "vm1"], ["info", "none", "--json"]])
+def test_output_that_nobody_takes_is_not_called_a_full_store(silofs: Silofs, command: list[str]) -> None:
+    silofs.ok("create", "vm1", "--size", "1M")
+    program = [sys.executable, "-m", "silofs.cli.main", *command]
+    environment = {**os.environ, "SILOFS_STORE": str(silofs.store)}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    what = done.stderr.splitlines()
+    assert len(what) == 2 and done.returncode == (10 if "none" in command else 1)
+    assert "there is no volume" in what[0] if "none" in command else "the output cannot be written" in what[0]
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", *program]
+    closed = subprocess.run(shell, capture_output=True, check=False, env=environment)
+    assert closed.returncode == (10 if "none" in command else 0) and b"bug" not in closed.stderr
