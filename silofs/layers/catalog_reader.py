@@ -94,6 +94,11 @@ class CatalogReader:
         """Size of the map. When it changes, the map may have moved."""
         return self._environment.map_bytes
 
+    @property
+    def disk_full(self) -> bool:
+        """Whether the store's disk had no more room when it was last asked for some."""
+        return self._environment.held.full
+
     # Records
 
     def fetch(self, table: Table, key: bytes) -> memoryview | None:

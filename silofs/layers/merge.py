@@ -33,6 +33,8 @@ SHED_SHARE: Final = 16  # ... so small a part of the lower layer's, are newly hi
 SHED_S: Final = 600.0  # or after this time: what a discard hides is not counted
 
 
+FOR_EVER: Final = 1 << 63
+
 Held = Callable[[ReadTxn], Collection[int]]
 
 
@@ -127,12 +129,13 @@ class MergeLayers(Policy):
         """Look at some layers; True while there are more, or a merge has begun."""
         rows = txn.state.rows
         tables = (schema.LAYER, schema.SNAPSHOT, schema.PIN, schema.MERGE)
-        seen = (txn.state.next_layer, *(rows.get(table.name, 0) for table in tables))
+        seen = (txn.disk_full, txn.state.next_layer, *(rows.get(table.name, 0) for table in tables))
         if seen != self._seen or time.monotonic() - self._looked > LOOK_S:
             self._seen, self._looked, self._look_at = seen, time.monotonic(), 1
         if not self._look_at:
             return False
-        held, now = self._held(txn), time.time_ns()
+        # On a full disk room for what is written now is worth more than a short way back.
+        held, now = self._held(txn), time.time_ns() if not txn.disk_full else FOR_EVER
         last = 0
         for upper in islice(txn.layers_from(self._look_at), LOOK_LAYERS):
             last = upper.id

@@ -260,17 +260,26 @@ def test_pages_at_a_peer_keep_layers_apart(rig: Rig) -> None:
     assert len(chain(rig, vm)) == 2
 
 
-def test_layers_that_a_volume_may_go_back_from_are_kept_for_a_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["time", "full disk"])
+def test_layers_that_a_volume_may_go_back_from_are_kept_for_a_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Or until the room that they take is needed."""
     vm = create(rig)
     for seed in range(3):
         rig.put(vm, range(200), seed=seed)
         rig.store.write(lambda txn: txn.seal(vm))
     rig.put(vm, range(200), seed=9)
-    merge(rig)
+    policy = MergeLayers()
+    merge(rig, policy)
     assert len(chain(rig, vm)) == 4
-    later = time.time_ns() + int(RETAIN_S * 1e9) + 1
-    monkeypatch.setattr(time, "time_ns", lambda: later)
-    merge(rig)
+    if end == "time":
+        later = time.time_ns() + int(RETAIN_S * 1e9) + 1
+        monkeypatch.setattr(time, "time_ns", lambda: later)
+        policy = MergeLayers()
+    else:
+        rig.store.held.full = True
+    merge(rig, policy)
     assert len(chain(rig, vm)) == 1
     assert pages_stored(rig) == 200
 
