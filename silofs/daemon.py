@@ -29,7 +29,7 @@ from silofs.engine import Engine
 from silofs.errors import SiloError, TryAgain
 from silofs.figures import Figures
 from silofs.freezing import Freezes
-from silofs.layers import memfd
+from silofs.layers import memfd, schema
 from silofs.layers.log import WriteLog
 from silofs.layers.notes import Notes
 from silofs.layers.requests import forget, remembered
@@ -151,7 +151,8 @@ class Daemon:
         """Answer INIT; False when the holder is dead, as when it was killed with the serving daemon in that moment."""
         if self._holder.gone:
             return False
-        self._holder.send("able", abilities=extension.abilities, logs=memfd.KNOWN)
+        formats = range(1, schema.FORMAT_VERSION + 1)
+        self._holder.send("able", abilities=extension.abilities, logs=memfd.KNOWN, formats=[*formats])
         answered = True
         try:
             await self._session.initialise()
@@ -231,7 +232,7 @@ class Daemon:
             crowd, bell = engine.writes, engine.bell
             self._session.attach(fuse, can_resend=can_resend, seen=requests.seen, bell=bell, crowd=crowd)
             self._state = "serving"
-            self._holder.send("serving")
+            self._holder.send("serving", format=schema.FORMAT_VERSION)  # a store of an earlier one was brought up to it
             with self._serving:
                 await self._session.serve()
             self._state = "stopping"

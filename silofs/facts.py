@@ -41,10 +41,11 @@ class View:
 
     store: Path
     mountpoint: str | None = None
-    opens: Mapping[bytes, int] = field(default_factory=dict)  # open handles by volume
+    opens: Mapping[bytes, int] = field(default_factory=dict)  # open handles by volume, without those of snapshots
     peer: Callable[[str], str] = str  # the name of a peer, by what ownership records call it
     shown: Callable[[Volume], Shown] = _as_stored
     dead_pages: int | None = None  # in objects that still hold live ones; None while nobody knows
+    snapshot_opens: Mapping[bytes, int] = field(default_factory=dict)  # the same of their snapshots, all together
 
     def path(self, name: str) -> str | None:
         return None if self.mountpoint is None else f"{self.mountpoint}/{name}{limits.IMAGE_SUFFIX}"

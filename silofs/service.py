@@ -100,7 +100,9 @@ class Service:
 
     def view(self) -> View:
         """What verbs show beside the store's records, as of now."""
-        opens = Counter(handle.uuid for handle in self._engine.log.handles.items() if not handle.layer)
+        handles = list(self._engine.log.handles.items())
+        opens = Counter(handle.uuid for handle in handles if not handle.layer)
+        snapshots = Counter(handle.uuid for handle in handles if handle.layer)
         # Taken now, on the event loop: the verb may run in a thread.
         buffered = {
             v.uuid: self._engine.shown(v.record) for v in self._engine.volumes() if isinstance(v.record, Volume)
@@ -111,7 +113,7 @@ class Service:
 
         store = self._engine.store
         mountpoint = self._about().get("mountpoint")
-        return View(store.path, mountpoint, opens, self.peer_name, shown, store.usage.dead_pages)
+        return View(store.path, mountpoint, opens, self.peer_name, shown, store.usage.dead_pages, snapshots)
 
     def _about(self) -> Fields:
         return {} if self._host is None else self._host.status()

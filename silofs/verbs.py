@@ -227,6 +227,10 @@ def rm(txn: WriteTxn, args: Args, view: View) -> Fields:
         txn.remove_snapshot(volume.uuid, snapshot)
         return {"volume": name, "snapshot": snapshot, "snapshots_removed": 1}
     removable(txn, volume, view)
+    reading = view.snapshot_opens.get(volume.uuid, 0)
+    if reading:
+        times = "once" if reading == 1 else f"{reading} times"
+        raise Busy(f"a snapshot of {name} is open {times}", hint="close what reads it first")
     count = len(txn.snapshots(volume.uuid))
     if count and not flag(args, "force"):
         plural = "s" if count > 1 else ""

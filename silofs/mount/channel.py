@@ -1,18 +1,19 @@
 """Messages between holder and daemon: one JSON object a packet, with descriptors attached, over a SEQPACKET pair.
 
     holder -> daemon                                            daemon -> holder
-    init                    INIT comes on the session's socket  able abilities logs, then (the reply to INIT, there)
+    init                    INIT comes on the session's socket  able abilities logs formats, then (the reply to INIT)
     open   fds lock, log    open the store and replay the log   opened learnt | failed code message hint exit
            killed           by which signal the last one died
-    serve  fds fuse         take the requests; + what status    serving
-           shows: restarts, capabilities
+    serve  fds fuse         take the requests; + what status    serving format
+           shows: restarts, deaths, refused, capabilities
     ping   n                                                    pong n
     log    fds file         messages go there from now on
     drain                   finish requests, commit, exit       bye clean, as the last word
     quit                    the same; no request was ever taken bye clean
     answer id error         to a restart that was refused       restart id
 
-`logs` are the versions of the write log that the daemon can take over (none said: 1); `learnt` counts the places of the
+`logs` are the versions of the write log that the daemon can take over (none said: 1), `formats` those of the store that
+it can open, and `format` that of the store which it has opened; `learnt` counts the places of the
 store that it leaves alone from now on, since the last one died of them.
 
 A packet is whole or absent, so there is no framing; the two ends are always of one installation or of two neighbouring

@@ -52,6 +52,7 @@ class Child:
         self.pong_at = 0.0
         self.abilities: tuple[str, ...] = ()  # what it does beyond libfuse; said before its reply to INIT
         self.logs: tuple[int, ...] = (1,)  # versions of the write log that it knows; said with them
+        self.formats: tuple[int, ...] = ()  # versions of the store's format, likewise; an earlier program does not say
         self.clean = False  # it said that everything is committed
         self.refusal: dict[str, Any] | None = None  # why it could not open the store: code, message, hint, exit
 

@@ -61,6 +61,8 @@ class Holder:
         self._promote_at = 0.0
         self._ping_at = 0.0
         self._restart: tuple[Child, int] | None = None  # the successor that a `restart` waits for, and its id
+        self._unusable = ""  # why the last daemon that was started could not take over
+        self._format = 0  # of the store, as the last daemon said that served
         self._last_exit = ""
         self._killed = 0  # the signal that ended the last daemon
         self._refused: dict[str, Any] | None = None  # what the last daemon said that could not open the store,
@@ -70,7 +72,8 @@ class Holder:
         signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         self._watches.add(self._wakeup, self._signalled)
 
     # The start
@@ -81,6 +84,7 @@ class Holder:
         Raises SiloError when it cannot come up: nothing is mounted then.
         """
         self._ready = ready
+        prepare.file_sizes()
         self._lock = prepare.lock_store(self._store)
         try:
             prepare.mountpoint(self._store, self._mountpoint, self._options)
@@ -194,6 +198,7 @@ class Holder:
         elif op == "serving" and child is self._current:
             child.enter(Stage.SERVING, now)
             child.pong_at = now
+            self._format, self._unusable = int(message.fields.get("format", 0)), ""
             self._generations += 1
             self._refused = self._refusal_before(child)
             self._backoff.served()
@@ -207,6 +212,7 @@ class Holder:
         elif op == "able":
             child.abilities = tuple(str(word) for word in message.fields.get("abilities", ()))
             child.logs = tuple(int(version) for version in message.fields.get("logs", child.logs))
+            child.formats = tuple(int(version) for version in message.fields.get("formats", ()))
         elif op == "failed":
             child.refusal = {key: message.fields.get(key) for key in ("code", "message", "hint", "exit")}
         elif op == "pong":
@@ -238,8 +244,11 @@ class Holder:
             self._warm(child)
             return
         self._note(f"daemon {child.pid} is not used: {why}")
+        self._unusable = why
         self._promote_at = time.monotonic() + self._backoff.failed()
         self._drop_spare(child, why)
+        if self._current is None:
+            self._publish()
 
     def _unfit(self, child: Child, reply: bytes) -> str:
         """Why a new daemon cannot take the present one's place; empty when it can."""
@@ -249,6 +258,8 @@ class Holder:
             return f"the new daemon cannot do what the mount was made with: {', '.join(lost)}"
         if version not in child.logs:
             return f"the new daemon does not know version {version} of the write log"
+        if self._format and child.formats and self._format not in child.formats:
+            return f"the new daemon does not know version {self._format} of the store's format"
         if reply != self._init_reply:
             return "the new daemon speaks another FUSE dialect than the mount was made with"
         return ""
@@ -427,7 +438,7 @@ class Holder:
             "refused": self._refused,
         }
         if not serving and waiting == "holding":
-            about["why"] = f"the last daemon {self._last_exit}"
+            about["why"] = self._unusable or f"the last daemon {self._last_exit}"
             at = datetime.fromtimestamp(time.time() + max(0.0, self._promote_at - time.monotonic()), UTC)
             about["next_try"] = at.strftime("%Y-%m-%dT%H:%M:%SZ")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,21 @@ def lock_store(store: Path) -> int:
         os.close(lock)
         raise StoreLocked(f"the store {store} is in use") from None
     return lock
+
+
+def file_sizes() -> None:
+    """Lift a limit on the size of files (setrlimit(2), ulimit -f) from this process and those that it starts.
+
+    What is acknowledged has its space, but not where a file may not grow. UserError when that is not allowed.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):
+        hint = "mount it from a shell without that limit"
+        raise UserError(f"files may not be larger than {soft} bytes here (ulimit -f)", hint=hint) from None
 
 
 def mountpoint(store: Path, path: Path, options: kernel.Options) -> None:

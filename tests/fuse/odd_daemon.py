@@ -1,7 +1,7 @@
 """The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`, `plain`
 (without the C extension; `equipped`: with it), `withdrawn` (once), `no-copies` (writes that pyfuse3 copies fail), and
-`refuse-new` and `old-log` (a program that knows version 1 of the write log only), which those have seen that started
-after they were made."""
+`refuse-new`, `old-log` (a program that knows version 1 of the write log only) and `old-format` (one that knows version
+2 of the store), which those have seen that started after they were made."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ if (STORE / "equipped").exists():
     del os.environ["SILOFS_EXTENSION"]
 
 OLD_LOG = (STORE / "old-log").exists()
+OLD_FORMAT = (STORE / "old-format").exists()
 NEW = (STORE / "refuse-new").exists()
 (STORE / f"started-{os.getpid()}").touch()
 
 from silofs import daemon  # noqa: E402
 from silofs.errors import BadFormat  # noqa: E402
-from silofs.layers import memfd  # noqa: E402
+from silofs.layers import memfd, schema  # noqa: E402
 from silofs.layers.store import Store  # noqa: E402
 from silofs.mount import session  # noqa: E402
 from silofs.mount.fuse import Adapter  # noqa: E402
@@ -63,6 +64,8 @@ if __name__ == "__main__":
         Adapter.write = no_copies  # type: ignore[method-assign]
     session._Polled = HastyWait  # type: ignore[misc]
     daemon.Store = PickyStore  # type: ignore[misc]
+    if OLD_FORMAT:
+        schema.FORMAT_VERSION = 2  # type: ignore[misc]
     if OLD_LOG:
         memfd.VERSION, memfd.KNOWN = 1, (1,)  # type: ignore[misc, assignment]
         memfd.LOCKS_MAX = memfd.NOTES_MAX = 0  # type: ignore[misc]

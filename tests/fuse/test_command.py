@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Failed, Mount
+from tests.harness import Failed, Mount, until
 
 pytestmark = pytest.mark.fuse
 
@@ -143,6 +145,42 @@ def test_umount_is_refused_while_files_are_open(mount: Mount) -> None:
     assert exit_code(mount, "umount", str(mount.mountpoint)) == 10
     # Nobody holds the store now: it is there with what was written.
     assert mount.silofs_json("info", "vm1")["allocated"] == 4096
+
+
+def test_a_volume_is_not_removed_while_somebody_reads_its_snapshot(mount: Mount) -> None:
+    mount.silofs("create", "vm1", "--size", "1M")
+    mount.image("vm1").write_bytes(b"kept" * 1024 + bytes((1 << 20) - 4096))
+    mount.silofs("snapshot", "vm1@s")
+    with open(mount.mountpoint / ".snapshots" / "vm1@s.img", "rb", buffering=0) as file:
+        done = mount.run("rm", "vm1", "--yes")
+        assert done.returncode == 11 and "a snapshot of vm1 is open once" in done.stderr
+        mount.silofs("rm", "vm1@s", "--yes")
+        assert exit_code(mount, "rm", "vm1", "--yes") == 11, "its name is gone, and it is read"
+        assert file.read(4096) == b"kept" * 1024
+    until(lambda: exit_code(mount, "rm", "vm1", "--yes") == 0, "it was closed")
+
+
+@pytest.fixture
+def limited() -> Iterator[Callable[[], None]]:
+    """What is started has a limit on the size of files until the test calls this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * MIB, before[1]))
+    lift = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+    yield lift
+    lift()
+
+
+def test_a_limit_on_the_size_of_files_is_not_the_mounts(tmp_path: Path, limited: Callable[[], None]) -> None:
+    with Mount(tmp_path) as mount:
+        limited()
+        mount.silofs("create", "vm1", "--size", "128M")
+        with open(mount.image("vm1"), "r+b", buffering=0) as file:
+            for number in range(96):
+                assert file.write(bytes([number + 1]) * MIB) == MIB
+            os.fsync(file.fileno())
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            os.kill(mount.status()["holder_pid"], number)
+        assert mount.status()["state"] == "serving"
 
 
 def test_a_lazy_umount_lets_open_files_go_on(mount: Mount) -> None:

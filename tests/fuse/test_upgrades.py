@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from silofs import limits
+from silofs.layers.schema import FORMAT_VERSION
 from silofs.mount import prepare
 from silofs.mount.logfile import LOG_FILE
 from tests.fuse.mounts import Mount, wait
@@ -94,6 +95,26 @@ def test_an_old_program_does_not_get_a_log_that_it_does_not_know(odd: Mount) -> 
         done = odd.silofs("restart", check=False)
         assert done.returncode == 1 and "does not know version 2 of the write log" in done.stderr
         assert odd.status()["daemon_pid"] == pid and log_version(odd) == 2
+        writer.progress()
+
+
+def test_a_program_of_before_the_stores_format_is_not_used_however_often_it_is_tried(odd: Mount) -> None:
+    """Before the present daemon is told to go: there may be no other that can open the store."""
+    with writing(odd.create("vm1", 1 << 20)) as writer:
+        pid = odd.status()["daemon_pid"]
+        (odd.store / "old-format").touch()
+        for _ in range(3):
+            done = odd.silofs("restart", check=False)
+            assert done.returncode == 1 and f"does not know version {FORMAT_VERSION} of the store" in done.stderr
+            assert odd.status()["daemon_pid"] == pid
+            writer.progress()
+        # All that could follow are of that program. It is said why nobody does, and ends when the program is right.
+        while wait(lambda: (state := odd.status()["state"]) != "starting" and state, "an end") == "serving":
+            pid = odd.kill_daemon()
+            wait(lambda pid=pid: odd.status()["daemon_pid"] != pid, "it is seen")
+        why = wait(lambda: odd.status().get("why"), "it is said why")
+        assert "does not know version" in why
+        (odd.store / "old-format").unlink()
         writer.progress()
 
 
