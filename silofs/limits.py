@@ -118,7 +118,7 @@ TRANSFERS_MAX = 16  # imports, exports, diffs and checks at a time; each has a t
 SNAPSHOTS_AT_ONCE = 256  # snapshots that one command takes in one transaction
 ANSWER_S = 5.0  # a command that has heard nothing for so long asks whether the daemon hears at all ...
 SIGN_OF_LIFE_S = 5.0  # ... and ends with "try again" when that is not answered within this
-HOLDER_WAIT_S = 2.0  # a command waits this long for the daemon of a holder before it ends with "try again"
+HOLDER_WAIT_S = 5.0  # a command waits this long for the daemon of a holder before it ends with "try again"
 TOP_INTERVAL_MIN_S, TOP_INTERVAL_MAX_S = 0.1, 3600.0  # between two refreshes of `silofs top`
 
 # Streams (docs/stream.md)
