@@ -10,11 +10,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from silofs import limits
-from silofs.cli.client import Connection, Progress, connect, request
+from silofs.cli.client import Connection, Gone, Progress, connect, request
 from silofs.errors import NoDaemon, NoStore, StoreLocked, TryAgain
+
+LOOKS: Final = {"ls", "info", "df", "du", "free_name", "status", "peer_ls", "migration_ls", "migration_show"}
+"""Verbs that change nothing."""
 
 
 def call(
@@ -26,7 +29,29 @@ def call(
     progress: Progress | None = None,
     offline: bool = True,
 ) -> dict[str, Any]:
-    """The result of a verb. `offline`: it can be done without a daemon. `fds` are lent, not given away."""
+    """The result of a verb. `offline`: it can be done without a daemon. `fds` are lent, not given away.
+
+    A verb that only looks is asked again of the successor when a daemon dies over it; of others nobody knows whether
+    they were done, and Gone says so.
+    """
+    give_up = time.monotonic() + limits.HOLDER_WAIT_S
+    while True:
+        try:
+            return _call(store, verb, args, fds, progress, offline=offline)
+        except Gone:
+            if verb not in LOOKS or time.monotonic() > give_up:
+                raise
+
+
+def _call(
+    store: Path,
+    verb: str,
+    args: dict[str, Any],
+    fds: Sequence[int],
+    progress: Progress | None,
+    *,
+    offline: bool,
+) -> dict[str, Any]:
     sock = daemon(store, needed=not offline)
     if sock is not None:
         with sock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from silofs import limits
+from silofs.cli import client, runner
 from silofs.verbs import READS, WRITES
 from tests.unit.cli.commands import Silofs, daemon, image
 
@@ -532,3 +534,25 @@ def test_output_that_nobody_takes_is_not_called_a_full_store(silofs: Silofs, com
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", *program]
     closed = subprocess.run(shell, capture_output=True, check=False, env=environment)
     assert closed.returncode == (10 if "none" in command else 0) and b"bug" not in closed.stderr
+
+
+@pytest.mark.parametrize("verb", ["ls", "create"])
+def test_what_only_looks_is_asked_again_when_the_daemon_dies_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    asked = []
+
+    def request(sock: object, verb: str, *_: object, **rest: object) -> dict[str, object]:
+        asked.append(verb)
+        if len(asked) < 3:
+            raise client.Gone("the daemon went away before it answered")
+        return {"volumes": []}
+
+    monkeypatch.setattr(runner, "daemon", lambda store, needed: contextlib.nullcontext())
+    monkeypatch.setattr(runner, "request", request)
+    if verb == "ls":
+        assert runner.call(tmp_path, verb, {}) == {"volumes": []} and len(asked) == 3
+    else:
+        with pytest.raises(client.Gone):
+            runner.call(tmp_path, verb, {})
+        assert len(asked) == 1
