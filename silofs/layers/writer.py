@@ -179,6 +179,7 @@ class Writer:
                     if error.errno != errno.ENOSPC or not held.spare():
                         raise
                     file.punch(first, count)
+                    held.top_up(0)  # first of all again what deletion and the cleaner may need
                 free.punched(first, count)
         except OSError as error:
             if not self._told:

@@ -240,6 +240,7 @@ class Holder:
             return
         why = self._unfit(child, reply)
         if not why:
+            self._unusable = ""
             child.enter(Stage.WARM, time.monotonic())
             self._warm(child)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 
 from silofs.blocks import PAGE
 from silofs.errors import StoreFull
-from silofs.limits import GIB, HELD_LEAVES_BYTES, MIB
+from silofs.layers import writer
+from silofs.limits import CELL_OBJECTS_MIN, GIB, HELD_LEAVES_BYTES, MIB
 from tests.smallfs import free, small
 from tests.storerig import Rig, page_bytes
 
@@ -68,3 +71,34 @@ def test_not_all_of_a_disk_is_held_and_what_nobody_counts_on_can_be_spared(tmp_p
         held.let_go(MIB)
         assert rig.findings() == []
         rig.close()
+
+
+def test_blocks_of_free_cells_come_back_where_that_takes_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full XFS: what is held and not claimed is let go for it, and held again."""
+    rig = Rig(tmp_path / "store")
+    held, cells = rig.store.held, rig.store._environment.cells
+    vm = rig.store.write(lambda txn: txn.create_volume("vm", GIB)).uuid
+    pages = range(31 * CELL_OBJECTS_MIN)
+    rig.put(vm, pages)
+    assert held.top_up(0)
+    refused, punched, punch = [], [], cells.punch
+
+    def full(first: int, count: int) -> None:
+        if not refused:
+            refused.append(first)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        punched.append(first)
+        punch(first, count)
+
+    monkeypatch.setattr(cells, "punch", full)
+    monkeypatch.setattr(writer, "CELLS_KEPT", 0)
+    rig.put(vm, pages, seed=1)
+    for number in range(3):
+        rig.put(vm, [number], seed=2)
+    assert refused and punched[0] == refused[0] and not rig.store._writer._told
+    assert held.claim(MIB), "it is held again"
+    held.let_go(MIB)
+    assert rig.read("vm")[3 * PAGE : 4 * PAGE] == page_bytes(3, 1) and rig.findings() == []
+    rig.close()
