@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from silofs import limits
 from tests.fuse.mounts import Mount, wait
 
 pytestmark = pytest.mark.fuse
@@ -59,7 +58,7 @@ def test_laps_of_the_ring_under_kills(tmp_path: Path) -> None:
         fd = os.open(mount.create("vm1", 16 * MIB), os.O_RDWR)
         expected, dice = bytearray(16 * MIB), random.Random(7)
         written = 0
-        while written < 160 * MIB:
+        while written < 320 * MIB:
             length = dice.choice((1, 512, 4096, 65536, MIB - 1, MIB))
             offset = dice.randrange(16 * MIB - length)
             data = dice.randbytes(length)
@@ -91,7 +90,7 @@ def test_a_client_with_hundreds_of_large_writes_does_not_fill_memory(tmp_path: P
         while any(writer.is_alive() for writer in writers):
             most = max(most, anonymous(pid))
             writers[-1].join(0.002)
-        assert most - before < threads * each * MIB // 2, "each is there twice for a moment, and what was freed is not all given back"
+        assert most - before < threads * each * MIB // 2, "each is there twice for a moment, and malloc keeps some"
         os.fsync(fd)
         for at in range(threads * each):
             assert os.pread(fd, MIB, at * MIB) == at.to_bytes(8, "little") * (MIB // 8)
