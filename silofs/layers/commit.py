@@ -134,7 +134,7 @@ def _adopt(writer: HeadWriter, pending: Pending, numbers: Numbers, positions: Nu
     """References to those pages that were written ahead; 0 for the others."""
     refs = np.zeros(len(numbers), np.uint64)
     for future in pending.ahead:
-        ahead = future.result()
+        ahead = future.result() if future.done() else None  # a writer that was stopped has not done it
         if ahead is None:
             continue
         places, newest = ahead.newest(numbers, positions)
