@@ -24,7 +24,6 @@ from typing import TypeVar, cast
 import trio
 
 from silofs import failpoints
-from silofs.blocks import PAGE_SHIFT
 from silofs.engine.journalling import Entry, Journalling
 from silofs.engine.reads import Reads
 from silofs.engine.threads import Threads
@@ -38,15 +37,7 @@ from silofs.layers.records import Mark
 from silofs.layers.rewrite import Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
-from silofs.limits import (
-    ADMIT_BYTES,
-    AHEAD_BYTES_MIN,
-    COMMIT_AGE_S,
-    COMMIT_AHEAD_BYTES,
-    COMMIT_BYTES,
-    COMMIT_LEAVES,
-    COMMIT_RETRY_S,
-)
+from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES, COMMIT_RETRY_S
 
 log = logging.getLogger(__name__)
 
@@ -119,26 +110,12 @@ class Commits:
             volume.written_ns = time.time_ns()
             self._dirty.append(volume)
             self._dirt.set()
-        if self.waiting >= self.kick_at:
-            self.kick_at = self.waiting + COMMIT_BYTES
-            if not self._write_ahead() or self.waiting >= COMMIT_AHEAD_BYTES:
-                self.kick()
-        if volume.pending.leaves_touched >= COMMIT_LEAVES:
+        if self.waiting >= self.kick_at or volume.pending.leaves_touched >= COMMIT_LEAVES:
             self.kick()
-
-    def _write_ahead(self) -> bool:
-        """Let the disk begin with long writes; whether most of what came lately is such."""
-        length = 0
-        for volume in self._dirty:
-            pending = volume.pending
-            if pending.long_pages << PAGE_SHIFT >= AHEAD_BYTES_MIN:
-                pages, at = pending.take_long()
-                pending.ahead.append(self._store.write_ahead(self._log.ring, pages, at))
-                length += len(pages) << PAGE_SHIFT
-        return length >= COMMIT_BYTES // 2
 
     def kick(self) -> None:
         """Commit soon."""
+        self.kick_at = 1 << 62  # until the cut
         self._dirt.set()
         self._kicked.set()
 

@@ -26,7 +26,7 @@ from silofs.layers import schema
 from silofs.layers.filesystem import free_bytes, punch, sync_directory
 from silofs.layers.native import Source, touch, write_cells
 from silofs.layers.schema import CELL_BYTES, CELL_PAD, MAP_CELLS
-from silofs.layers.syncer import Meanwhile, Syncer
+from silofs.layers.syncer import Syncer
 from silofs.limits import CELLS_FLOOR_BYTES, CELLS_RETRY_S
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,6 @@ class CellFile:
         self._view = memoryview(b"")
         self._lock = threading.Lock()
         self._again = float("-inf")  # when cells are tried again after a failure
-        self.rests = 0  # failures so far
         self._closed = False
         self._look()
 
@@ -153,21 +152,13 @@ class CellFile:
         assert self._syncer is not None, "something was written"
         self._syncer.begin(mark)
 
-    def sync(self, mark: int | None = None, meanwhile: Meanwhile | None = None) -> None:
-        """Make what was written (up to the mark) durable, and do meanwhile what there is to do.
-
-        CellsFailed: then nothing may refer to it.
-        """
+    def sync(self, mark: int | None = None) -> None:
+        """Make what was written (up to the mark) durable. CellsFailed: then nothing may refer to it."""
         assert self._syncer is not None, "something was written"
         try:
-            self._syncer.wait(mark, meanwhile)
+            self._syncer.wait(mark)
         except OSError as error:
             raise self.failed(error) from error
-
-    def nudge(self) -> None:
-        """There is something to be done meanwhile. Any thread."""
-        if self._syncer is not None:
-            self._syncer.nudge()
 
     def failed(self, error: OSError) -> CellsFailed:
         """Leave cells alone for a while; what to raise."""
@@ -177,7 +168,6 @@ class CellFile:
 
     def rest(self) -> None:
         """Leave cells alone for a while."""
-        self.rests += 1
         self._again = time.monotonic() + CELLS_RETRY_S
 
     def punch(self, first: int, count: int) -> None:

@@ -17,7 +17,6 @@ from lmdb import verify
 
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
-from silofs.layers.ahead import WritingAhead
 from silofs.layers.cell_map import CellMap
 from silofs.layers.cells import FILE as CELLS_FILE
 from silofs.layers.cells import CellFile
@@ -65,7 +64,6 @@ class Environment:
         except OSError as error:
             raise StoreError(f"{path / CELLS_FILE} cannot be opened: {error.strerror}") from error
         self.free_cells: CellMap | None = None  # the writer's; without it no cell is written to
-        self.ahead = WritingAhead(self)
         try:
             self.lmdb = lmdb.Environment(
                 str(path),

@@ -77,15 +77,6 @@ class Puts(ReadTxn):
         self.count(rows=rows)
         self._counted.discard(table.name)
 
-    def take_ids(self, count: int) -> int:
-        """The first of so many ids for objects, above all that were given out."""
-        ahead = self._environment.ahead
-        first = max(self._counters.next_object, ahead.next_id)
-        assert first + count - 1 <= schema.OBJECT_ID_MAX
-        ahead.next_id = first + count
-        self.count(next_object=first + count)
-        return first
-
     def put_record(self, table: Table, key: bytes, record: Record) -> None:
         """Store a catalog record, new or in place of its older self."""
         value = catalog.encode(table, key, record)

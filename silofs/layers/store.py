@@ -1,8 +1,8 @@
 """A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
 
-STORE/lock        flock, held as long as anyone uses the store; says that this is one
-STORE/data/       the LMDB environment, and beside it the file of cells (silofs/layers/cells.py)
-STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
+    STORE/lock        flock, held as long as anyone uses the store; says that this is one
+    STORE/data/       the LMDB environment, and beside it the file of cells (silofs/layers/cells.py)
+    STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import lmdb
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreBroken, StoreError, StoreLocked
 from silofs.layers import catalog, schema
-from silofs.layers.ahead import Ahead, Numbers
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import verify_catalog
 from silofs.layers.cell_changes import free_cells
@@ -218,13 +217,6 @@ class Store:
             return result
 
         return self.submit(run)
-
-    def write_ahead(self, ring: memoryview, pages: Numbers, at: Numbers) -> Future[Ahead | None]:
-        """Put whole pages (numbers ascending, and their places in `ring`) on their way to the disk before their commit.
-
-        Nothing refers to them until a `commit` of a Pending that has the future in its `ahead`.
-        """
-        return self._writer.write_ahead(ring, pages, at)
 
     def step(self, policy: Policy) -> Future[Stepped]:
         """One step of a policy, in a transaction of its own."""

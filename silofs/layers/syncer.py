@@ -9,16 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Protocol
-
-
-class Meanwhile(Protocol):
-    """What the writer can do while it waits for the disk."""
-
-    @property
-    def waiting(self) -> bool: ...
-
-    def work(self) -> None: ...
 
 
 class Syncer:
@@ -46,32 +36,19 @@ class Syncer:
             self._wanted = max(self._wanted, mark)
             self._changed.notify_all()
 
-    def wait(self, mark: int | None = None, meanwhile: Meanwhile | None = None) -> None:
-        """Until all that was written (up to the mark) is durable; do meanwhile what there is to do.
+    def wait(self, mark: int | None = None) -> None:
+        """Until all that was written (up to the mark) is durable. OSError when some of what was written since the last
 
-        OSError when some of what was written since the last call is not, whether before the mark or after it.
+        call is not, whether before the mark or after it.
         """
         mark = self._written if mark is None else mark
         if self._synced < mark:
             self.begin(mark)
-        while not self._is_synced(mark, meanwhile):
-            assert meanwhile is not None, "without, there is nothing else to wait for"
-            meanwhile.work()
         with self._changed:
+            self._changed.wait_for(lambda: self._synced >= mark)
             error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def _is_synced(self, mark: int, meanwhile: Meanwhile | None) -> bool:
-        """Waits until it is so, or something is to be done meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._synced >= mark or (meanwhile is not None and meanwhile.waiting))
-            return self._synced >= mark
-
-    def nudge(self) -> None:
-        """Let `wait` see that there is something to be done meanwhile."""
-        with self._changed:
-            self._changed.notify_all()
 
     def _run(self) -> None:
         while True:

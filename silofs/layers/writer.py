@@ -19,7 +19,6 @@ from typing import Any, Final, TypeVar
 import lmdb
 
 from silofs.errors import Damaged, SiloError, StoreBroken, StoreFull
-from silofs.layers.ahead import Ahead, Numbers
 from silofs.layers.cells import CellsFailed
 from silofs.layers.environment import Environment
 from silofs.layers.filesystem import free_bytes
@@ -46,7 +45,7 @@ class Writer:
     def __init__(self, environment: Environment, gate: Gate, usage: Usage) -> None:
         self._environment = environment
         self._gate = gate
-        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any], int] | None] = queue.SimpleQueue()
         self._usage = usage
         self.warm = WarmLeaves(WRITER_LEAVES)
         self._writeback = Writeback(environment.data_file)
@@ -61,25 +60,11 @@ class Writer:
     def submit(self, function: Callable[[WriteTxn], T], *, cost: int = 0) -> Future[T]:
         """`cost`: bytes that the transaction may take, if nobody has claimed them for it."""
         future: Future[T] = Future()
-
-        def run() -> T:
-            with self._claimed(cost):
-                return self._transact(function)
-
-        self._enqueue(run, future)
-        return future
-
-    def write_ahead(self, ring: memoryview, pages: Numbers, at: Numbers) -> Future[Ahead | None]:
-        """Put pages of the log's ring into cells, for a commit that is submitted later."""
-        future = self._environment.ahead.put(ring, pages, at)
-        self._enqueue(self._environment.ahead.work, Future())
-        return future
-
-    def _enqueue(self, run: Callable[[], T], future: Future[T]) -> None:
         if self._thread.is_alive():
-            self._queue.put((run, future))
+            self._queue.put((function, future, cost))
         else:
             future.set_exception(self.broken or StoreBroken("the store is closed"))
+        return future
 
     def stop(self) -> None:
         """Finish what was submitted, then end the thread."""
@@ -92,11 +77,13 @@ class Writer:
             job = self._queue.get()
             if job is None:
                 return
-            run, future = job
+            function, future, cost = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(run())
+                with self._claimed(cost):
+                    value = self._transact(function)
+                future.set_result(value)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -140,9 +127,6 @@ class Writer:
                 txn.commit()
         except BaseException:
             txn.abort()
-            if committing and write is not None:
-                for ahead in write.adopted:
-                    ahead.spent = True
             if write is not None and write.cells_taken and free_cells is not None:
                 if committing:
                     # It may have landed all the same: then its cells are in use.
@@ -152,11 +136,6 @@ class Writer:
             raise
         finally:
             self._environment.notes.writer.clear()
-        self._environment.ahead.next_id = max(self._environment.ahead.next_id, write.state.next_object)
-        for ahead in write.adopted:
-            ahead.spent = True
-        if write.cells_unused and free_cells is not None:
-            free_cells.undone(write.cells_unused)
         if write.cells_given_up and free_cells is not None:
             free_cells.given_up(write.txn_id, write.cells_given_up)
         if write.changed:
@@ -184,7 +163,6 @@ class Writer:
         file, free = self._environment.cells, self._environment.free_cells
         if free is None:
             return
-        self._environment.ahead.free_abandoned(free)
         if free.waiting:
             # Only what was given up before the newest transaction, as LMDB's own pages: who was about to renew its
             # snapshot when that landed is in nobody's table for a moment, and may still look through older views.
