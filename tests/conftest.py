@@ -8,7 +8,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples each time, however slow the machine is: a test says something of the code and not of the hour.
+hypothesis.settings.register_profile("silofs", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("silofs")
 
 BUDGETS_S = {
     "unit": 240,

@@ -58,7 +58,7 @@ def test_laps_of_the_ring_under_kills(tmp_path: Path) -> None:
         fd = os.open(mount.create("vm1", 16 * MIB), os.O_RDWR)
         expected, dice = bytearray(16 * MIB), random.Random(7)
         written = 0
-        while written < 320 * MIB:
+        while written < 160 * MIB:
             length = dice.choice((1, 512, 4096, 65536, MIB - 1, MIB))
             offset = dice.randrange(16 * MIB - length)
             data = dice.randbytes(length)

@@ -118,6 +118,6 @@ class TwoHosts(RuleBasedStateMachine):
 
 
 TwoHosts.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=60, suppress_health_check=list(HealthCheck)
 )
 TestTwoHosts = TwoHosts.TestCase

@@ -237,7 +237,7 @@ def _put_sector(fd: int, data: Any, position: int) -> None:
         os.pwrite(file.fileno(), data, position)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(step, min_size=3, max_size=30))
 def test_no_synced_write_is_ever_lost(steps: list[tuple[Any, ...]]) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as directory, pytest.MonkeyPatch.context() as patch:

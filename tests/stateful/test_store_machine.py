@@ -427,8 +427,6 @@ TestStore = StoreMachine.TestCase
 TestStore.settings = TestVoids.settings = settings(
     max_examples=80,
     stateful_step_count=60,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
 TestCells.settings = settings(TestStore.settings, max_examples=30)

@@ -184,7 +184,7 @@ class Recorder:
 sizes = st.lists(st.integers(0, 5000), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     before=sizes, releases=st.lists(st.booleans(), min_size=12, max_size=12), last=st.integers(0, 5000), data=st.data()
 )
@@ -225,7 +225,7 @@ def test_any_prefix_of_an_append_leaves_exactly_the_acknowledged_records(
             assert contents(WriteLog.open(fd, STORE)) == [*expected, (after, b"after")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(flip=st.integers(0, (HEADER + 64) * 3 - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_ends_the_replay_before_its_record(flip: int, bit: int) -> None:
     with memfd() as fd:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import zstandard
 from blake3 import blake3
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silofs import stream
@@ -76,7 +76,6 @@ def test_a_sample_of_version_1() -> None:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_a_changed_stream_is_refused(data: st.DataObject) -> None:
     """Flipped, cut, spliced: an error of ours, and no frame that was not written."""
     parts = sample()
@@ -111,7 +110,6 @@ def test_a_changed_stream_is_refused(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=400))
-@settings(deadline=None)
 def test_bytes_that_are_no_stream(data: bytes) -> None:
     for front in (b"", stream.MAGIC, sample()[0]):
         with pytest.raises(SiloError):

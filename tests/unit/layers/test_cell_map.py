@@ -128,7 +128,7 @@ class Cells(RuleBasedStateMachine):
 
 
 TestCells = Cells.TestCase
-TestCells.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestCells.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 @given(

@@ -49,7 +49,7 @@ def read_back(blocks: list[Block], first_id: int = 7) -> dict[int, dict[int, byt
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, FULL), st.booleans(), st.integers(0, 3)), max_size=40))
 def test_every_page_comes_back(given_blocks: list[tuple[int, bool, int]]) -> None:
     blocks = []

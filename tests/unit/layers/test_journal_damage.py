@@ -407,7 +407,7 @@ def tell(disk: Disk, steps: list[int | str]) -> None:
             getattr(disk, step)()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps=STEPS, arrived=ARRIVED, landed=st.booleans(), data=st.data())
 def test_a_torn_end_is_never_called_damage(
     steps: list[int | str], arrived: list[bool], landed: bool, data: st.DataObject
@@ -432,7 +432,7 @@ def test_a_log_that_promises_too_much_is_noticed() -> None:
         assert disk.torn([False] * 9).damaged
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps=STEPS, last=st.integers(0, 600), data=st.data())
 def test_whatever_is_spoilt_of_what_was_synced_is_damage_if_a_later_record_knows(
     steps: list[int | str], last: int, data: st.DataObject

@@ -139,7 +139,7 @@ class LockMachine(RuleBasedStateMachine):
         assert set(found) == expected
 
 
-LockMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LockMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestLocks = LockMachine.TestCase
 
 
@@ -238,7 +238,7 @@ def test_ranges_that_are_none_are_refused(bad: tuple[int, int]) -> None:
         memory.locks.set(handle + 1, 1, 0, 0, WRITE)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_bytes_are_a_table(data: Any) -> None:
     """Whatever is in the slots, a daemon comes up: what belongs to no open handle is free."""

@@ -30,7 +30,7 @@ def leaf_of(runs: list[tuple[int, int, int, int, int]]) -> Refs:
     return refs
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(RUN, max_size=40))
 def test_leaf_round_trip(runs: list[tuple[int, int, int, int, int]]) -> None:
     refs = leaf_of(runs)
@@ -39,7 +39,7 @@ def test_leaf_round_trip(runs: list[tuple[int, int, int, int, int]]) -> None:
     assert leaves.encode(leaves.decode(memoryview(payload))) == payload
 
 
-@settings(derandomize=True, max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(0, LEAF_PAGES))
 def test_random_leaf_round_trip(seed: int, filled: int) -> None:
     chance = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def test_sizes_of_leaves() -> None:
     assert len(schema.seal_record(schema.LEAF, bytes(16), leaves.encode(most))) + 16 + 8 <= 2038, "half a page"
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_decoding_anything_is_damage_or_a_leaf(payload: bytes) -> None:
     try:

@@ -16,7 +16,7 @@ WHOLE = st.tuples(st.just("whole"), st.integers(0, PAGES - 1), st.integers(1, 3)
 CLEAR = st.tuples(st.just("zero"), st.integers(0, PAGES - 1), st.integers(0, PAGES))
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(WRITE, WHOLE, CLEAR), max_size=25))
 def test_against_bytes(operations: list[tuple[str, int, int]]) -> None:
     ring, expected, pending = bytearray(), bytearray(BASE * PAGES), Pending(b"u" * 16)
