@@ -189,6 +189,16 @@ class Commits:
         if batch.error is not None:
             raise again(batch.error)
 
+    async def landing(self) -> None:
+        """Wait until the log has more room: for the commit in flight, or else for a round; raise if it fails."""
+        batch = self._flying
+        if batch is None:
+            await self.round()
+            return
+        await batch.done.wait()
+        if batch.error is not None:
+            raise again(batch.error)
+
     def flush_now(self, volume: VolumeState) -> bool:
         """Make the volume durable if that takes a moment only; else False, and `flush` is to be awaited."""
         target, journal = volume.last_lsn, self.journal

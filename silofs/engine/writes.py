@@ -111,7 +111,7 @@ class Writes:
         """Wait for a commit, which makes room in the log; raise if it fails."""
         self.crowding += length
         try:
-            await self._commits.round()
+            await self._commits.landing()
         finally:
             self.crowding -= length
             if self.crowding <= CROWD_BYTES and self._eased is not None:
@@ -202,7 +202,7 @@ class Writes:
             await self.admitted(volume)
             if self._log.room(0):
                 break
-            await self._commits.round()
+            await self._commits.landing()
         start, count = first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT
         lsn, _ = self._log.append(ZERO, volume.uuid, volume.epoch, volume.last_lsn, start, count)
         volume.last_lsn = lsn

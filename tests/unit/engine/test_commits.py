@@ -271,6 +271,41 @@ async def test_writers_that_wait_for_room_hear_of_the_failure(
         await engine.write(volume, 0, page(2))
 
 
+async def test_a_write_that_waits_for_room_goes_on_when_the_commit_in_flight_has_landed(
+    make_rig: Callable[..., Rig], autojump_clock: MockClock
+) -> None:
+    """And not when the next one has, too: the disk would have nothing to do at the end of it."""
+    rig = make_rig(ring=8 * (PAGE + 128))
+    async with rig.running() as engine, trio.open_nursery() as nursery:
+        volume = await rig.volume()
+        for number in range(4):
+            assert engine.write_now(volume, number * PAGE, page(1))
+        rig.inline.hold()
+        nursery.start_soon(engine.commits.commit)
+        await wait_all_tasks_blocked()
+        assert engine.commits.under_way
+        number = 4
+        while engine.write_now(volume, number * PAGE, page(1)):
+            number += 1
+        written = trio.Event()
+
+        async def writer() -> None:
+            await engine.write(volume, 0, page(2))
+            written.set()
+
+        nursery.start_soon(writer)
+        await wait_all_tasks_blocked()
+        assert not written.is_set()
+        first = rig.inline.release
+        rig.inline.hold()  # what begins from here on
+        first.set()
+        with trio.move_on_after(1):
+            await written.wait()
+        landed = written.is_set()
+        rig.inline.release.set()
+        assert landed
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_writes_that_wait_for_room_are_a_crowd_until_a_commit_has_ended(
     make_rig: Callable[..., Rig], autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, fails: bool
