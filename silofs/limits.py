@@ -34,10 +34,12 @@ CELLS_RETRY_S = 60.0  # after cells could not be written
 REOPEN_BYTES = 512 * MIB  # at either end of the data file, compared with the disk after an error of LMDB
 
 # The write log (memfd ring) and commits
-LOG_BYTES = 48 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one
+LOG_BYTES = 96 * MIB  # ring size; also the bound on what may wait for a commit, and so on what LMDB holds in one
 CROWD_BYTES = 32 * MIB  # of writes that wait for room in the ring; beyond it no further request is read for now
 LOG_RECORD_MAX = 1 * MIB + 4096  # bytes of payload in one record
 COMMIT_BYTES = 16 * MIB  # a background commit starts at this much pending
+COMMIT_AHEAD_BYTES = 32 * MIB  # or at this much, where most of it was written ahead of the commit
+AHEAD_BYTES = 4 * MIB  # of long writes to one volume are put into cells ahead of their commit at a time
 COMMIT_AGE_S = 2.0  # or at this age of the oldest pending record
 COMMIT_LEAVES = 4096  # or at this many leaves touched
 COMMIT_RETRY_S = 1.0  # after a commit failed

@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from silofs import limits
 from silofs.cli.sizes import show_size
@@ -20,6 +21,8 @@ from silofs.layers.filesystem import NETWORK, free_bytes, holds_space, kind_of
 from silofs.mount import extension
 
 Finding = dict[str, str]
+
+JOURNAL_ID: Final = 16  # hex digits: the name of a journal that is neither being made nor retired
 
 
 def examine(store: Path) -> list[Finding]:
@@ -151,8 +154,7 @@ def _held(place: Path, kind: str) -> Iterator[Finding]:
 
 def _journal(store: Path, place: Path) -> Iterator[Finding]:
     """Whether fsyncs have their journal, or what it will take to make one."""
-    made = any(path.stat().st_size > limits.LOG_BYTES and not path.suffix for path in store.glob("journal/*"))
-    if made:
+    if any(len(path.name) == JOURNAL_ID for path in store.glob("journal/*")):
         yield _say("journal", "ok", "there is a journal for fsyncs")
     elif free_bytes(place) > limits.LOG_BYTES + limits.SPACE_FLOOR_BYTES:
         yield _say("journal", "ok", "there is no journal yet: a mount makes one")

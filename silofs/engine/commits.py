@@ -24,6 +24,7 @@ from typing import TypeVar, cast
 import trio
 
 from silofs import failpoints
+from silofs.blocks import PAGE_SHIFT
 from silofs.engine.journalling import Entry, Journalling
 from silofs.engine.reads import Reads
 from silofs.engine.threads import Threads
@@ -37,7 +38,15 @@ from silofs.layers.records import Mark
 from silofs.layers.rewrite import Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
-from silofs.limits import ADMIT_BYTES, COMMIT_AGE_S, COMMIT_BYTES, COMMIT_LEAVES, COMMIT_RETRY_S
+from silofs.limits import (
+    ADMIT_BYTES,
+    AHEAD_BYTES,
+    COMMIT_AGE_S,
+    COMMIT_AHEAD_BYTES,
+    COMMIT_BYTES,
+    COMMIT_LEAVES,
+    COMMIT_RETRY_S,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +91,9 @@ class Commits:
         self._threads = threads
         self.credit = 0  # claimed of the store's space and not used yet, in bytes of the worst case
         self.waiting = 0  # bytes pending, without those in flight
-        self.kick_at = COMMIT_BYTES
+        self.kick_at = AHEAD_BYTES
+        self._ahead = 0  # of what is waiting, in bytes: written ahead
+        self._looked = 0  # `waiting` when that was last thought of
         self.failed: SiloError | None = None  # the last commit failed, and no other has succeeded since
         self.refresh: Callable[[Iterable[int]], None] = lambda leaves: None  # set by the engine
         self.replace: Callable[[Stepped], None] = lambda stepped: None  # set by the engine
@@ -110,12 +121,32 @@ class Commits:
             volume.written_ns = time.time_ns()
             self._dirty.append(volume)
             self._dirt.set()
-        if self.waiting >= self.kick_at or volume.pending.leaves_touched >= COMMIT_LEAVES:
+        if self.waiting >= self.kick_at:
+            self.kick_at = self.waiting + AHEAD_BYTES
+            if not self._store.writes_ahead or self.waiting - self._looked >= COMMIT_BYTES:
+                self._write_ahead()
+            if self.waiting >= COMMIT_BYTES and (self.waiting >= COMMIT_AHEAD_BYTES or not self._mostly_long()):
+                self.kick()
+        if volume.pending.leaves_touched >= COMMIT_LEAVES:
             self.kick()
+
+    def _write_ahead(self) -> None:
+        """Let the disk begin with long writes, if they are worth it."""
+        self._looked = self.waiting
+        for volume in self._dirty:
+            pending = volume.pending
+            if pending.long_pages << PAGE_SHIFT >= AHEAD_BYTES:
+                pages, at = pending.take_long()
+                pending.ahead.append(self._store.write_ahead(self._log.ring, pages, at))
+                self._ahead += len(pages) << PAGE_SHIFT
+
+    def _mostly_long(self) -> bool:
+        """Whether what waits is written ahead for the most part, or will be."""
+        left = sum(volume.pending.long_pages for volume in self._dirty) << PAGE_SHIFT
+        return self._ahead + left > self.waiting // 2
 
     def kick(self) -> None:
         """Commit soon."""
-        self.kick_at = 1 << 62  # until the cut
         self._dirt.set()
         self._kicked.set()
 
@@ -336,6 +367,8 @@ class Commits:
 
     def _take(self) -> Cut:
         """The cut. No await in here."""
+        if self._ahead:
+            self._write_ahead()  # the rest, while the transaction adopts what was
         volumes = [volume for volume in dict.fromkeys(self._dirty) if not volume.clean]
         self._dirty = []
         grown = {volume.uuid: volume.grown for volume in volumes if volume.grown}
@@ -351,7 +384,8 @@ class Commits:
         )
         self.waiting = 0
         self._claimed = self.credit
-        self.kick_at = COMMIT_BYTES
+        self.kick_at = AHEAD_BYTES
+        self._ahead = self._looked = 0
         # Only events that were set are replaced: on the others the background task may be waiting.
         if self._dirt.is_set():
             self._dirt = trio.Event()

@@ -7,13 +7,14 @@ seems to be free would be written to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import lmdb
 
 from silofs import failpoints
 from silofs.errors import Damaged
 from silofs.layers import schema
+from silofs.layers.ahead import Ahead
 from silofs.layers.catalog import Value
 from silofs.layers.catalog_reader import CatalogReader
 from silofs.layers.cell_map import CellMap, changed_map
@@ -21,7 +22,7 @@ from silofs.layers.cells import CellsFailed, check_cells
 from silofs.layers.environment import Environment
 from silofs.layers.native import Source
 from silofs.layers.puts import Puts
-from silofs.layers.schema import MAP_BYTES, MAP_SHIFT, OBJECT_PAGES
+from silofs.layers.schema import MAP_BYTES, MAP_SHIFT, OBJECT_PAGES, Table
 from silofs.limits import CELL_OBJECTS_MIN
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class CellChanges(Puts):
     def __init__(self, environment: Environment, txn: lmdb.Transaction[memoryview]) -> None:
         super().__init__(environment, txn)
         self.cells_taken: list[int] = []
+        self.cells_unused: list[int] = []  # written ahead for nothing
+        self.adopted: list[Ahead] = []
         self._cells_mark = 0
         self.cells_given_up: list[int] = []
 
@@ -42,7 +45,10 @@ class CellChanges(Puts):
         CellsFailed. Few are better off in LMDB: they cost it less than another fdatasync does.
         """
         count = -(-len(source.at) // OBJECT_PAGES)
-        cells = self._environment.take_cells(count) if count >= CELL_OBJECTS_MIN else []
+        if count < CELL_OBJECTS_MIN:
+            return 0
+        with self._environment.ahead.lock:
+            cells = self._environment.take_cells(count)
         if cells:
             self.cells_taken += cells
             some = Source(source.base, source.at[: len(cells) * OBJECT_PAGES])
@@ -52,6 +58,27 @@ class CellChanges(Puts):
             records = [(key, schema.cell_record(key, cell)) for key, cell in zip(keys, cells, strict=True)]
             self._append(schema.CELL, records)
         return len(cells)
+
+    def _adopt_cells(self, ahead: Ahead, wanted: list[bool]) -> None:
+        """Refer to objects that were written ahead, those that are wanted."""
+        records = []
+        for object_id, (cell, some) in enumerate(zip(ahead.cells, wanted, strict=True), ahead.first_id):
+            if some:
+                key = schema.KEY.pack(object_id)
+                records.append((key, schema.cell_record(key, cell)))
+            else:
+                self.cells_unused.append(cell)
+        self._store(schema.CELL, records, ahead.first_id)
+        self.adopted.append(ahead)
+        self._cells_mark = max(self._cells_mark, ahead.mark)
+
+    def _store(self, table: Table, records: Sequence[tuple[bytes, bytes]], first_id: int) -> None:
+        """Store records of objects whose ids ascend from `first_id`, and which others may have been given out after."""
+        if first_id >= self._counters.next_object:
+            self._append(table, records)
+        else:
+            for key, value in records:
+                self._put(table, key, value)
 
     def _remove_object(self, key: bytes) -> bool:
         """Remove an object, wherever it is; False when there is none. Damaged."""
@@ -64,7 +91,9 @@ class CellChanges(Puts):
 
     def settle_cells(self) -> None:
         """Bring the maps of cells up to date. CellsFailed when one cannot be read that new cells are in."""
-        taken, given_up = _by_map(self.cells_taken), _by_map(self.cells_given_up)
+        unused = set(self.cells_unused)
+        adopted = [cell for ahead in self.adopted for cell in ahead.cells if cell not in unused]
+        taken, given_up = _by_map(self.cells_taken + adopted), _by_map(self.cells_given_up)
         for number in sorted(taken.keys() | given_up.keys()):
             key = schema.KEY.pack(number)
             some = list(dict.fromkeys(given_up.get(number, [])))
@@ -73,7 +102,8 @@ class CellChanges(Puts):
             except Damaged as error:
                 log.error("%s; its cells keep what is in them", error)
                 if number in taken:
-                    self._environment.free_cells = None
+                    with self._environment.ahead.lock:
+                        self._environment.free_cells = None
                     raise CellsFailed(str(error)) from error
                 wrong = some
             else:

@@ -59,6 +59,7 @@ class CellFile:
         self._view = memoryview(b"")
         self._lock = threading.Lock()
         self._again = float("-inf")  # when cells are tried again after a failure
+        self.rests = 0  # failures so far
         self._closed = False
         self._look()
 
@@ -72,6 +73,7 @@ class CellFile:
                     self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
                 except FileNotFoundError:
                     return
+                self._syncer = Syncer(self._fd)
             size = os.fstat(self._fd).st_size
             if not self._address and size:
                 self._map(max(self._map_bytes, size))
@@ -138,14 +140,18 @@ class CellFile:
             self._look()
 
     def write(self, first_id: int, source: Source, cells: Sequence[int]) -> int:
-        """Write objects to cells that nothing refers to; a mark for `sync`. CellsFailed."""
-        if self._syncer is None:
-            self._syncer = Syncer(self._fd)
+        """Write objects to cells that nothing refers to; a mark for `sync`. CellsFailed. Any thread."""
+        assert self._syncer is not None, "there are cells"
         try:
             write_cells(self._fd, first_id, source, cells)
         except OSError as error:
             raise self.failed(error) from error
         return self._syncer.written()
+
+    @property
+    def syncing(self) -> bool:
+        """Whether the disk is at it."""
+        return self._syncer is not None and self._syncer.busy
 
     def begin_sync(self, mark: int) -> None:
         """Let the disk go about what was written up to the mark."""
@@ -168,6 +174,7 @@ class CellFile:
 
     def rest(self) -> None:
         """Leave cells alone for a while."""
+        self.rests += 1
         self._again = time.monotonic() + CELLS_RETRY_S
 
     def punch(self, first: int, count: int) -> None:

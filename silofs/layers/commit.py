@@ -19,6 +19,7 @@ from silofs.blocks import ZERO_PAGE, pages_for
 from silofs.errors import Busy, Damaged
 from silofs.extents import Extents
 from silofs.layers import schema
+from silofs.layers.ahead import Numbers
 from silofs.layers.catalog import Volume
 from silofs.layers.heads import HeadWriter
 from silofs.layers.native import Source, zero_pages
@@ -121,8 +122,27 @@ def _apply(writer: HeadWriter, txn: WriteTxn, pending: Pending, ring: memoryview
     order = order[: np.searchsorted(numbers, end_page, sorter=order)]  # a shrunk volume has no pages beyond its size
     if len(order):
         numbers, positions = numbers[order], positions[order]
-        source = Source(ring, positions)
-        writer.write(numbers, source, zero_pages(source))
+        refs = _adopt(writer, pending, numbers, positions)
+        rest = np.flatnonzero(refs == 0)
+        if len(rest):
+            source = Source(ring, positions[rest])
+            refs[rest] = writer.store(numbers[rest], source, zero_pages(source))
+        writer.refer(numbers, refs)
+
+
+def _adopt(writer: HeadWriter, pending: Pending, numbers: Numbers, positions: Numbers) -> Refs:
+    """References to those pages that were written ahead; 0 for the others."""
+    refs = np.zeros(len(numbers), np.uint64)
+    for future in pending.ahead:
+        ahead = future.result()
+        if ahead is None:
+            continue
+        places, newest = ahead.newest(numbers, positions)
+        if ahead.usable and newest.any():
+            refs[places[newest]] = writer.adopt(ahead, newest)[newest]
+        else:
+            ahead.give_up()
+    return refs
 
 
 def _apply_patches(writer: HeadWriter, txn: WriteTxn, patches: dict[int, Patch], ring: memoryview) -> None:

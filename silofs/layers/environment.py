@@ -17,6 +17,7 @@ from lmdb import verify
 
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, NoStore, StoreBroken, StoreError
+from silofs.layers.ahead import WritingAhead
 from silofs.layers.cell_map import CellMap
 from silofs.layers.cells import FILE as CELLS_FILE
 from silofs.layers.cells import CellFile
@@ -64,6 +65,7 @@ class Environment:
         except OSError as error:
             raise StoreError(f"{path / CELLS_FILE} cannot be opened: {error.strerror}") from error
         self.free_cells: CellMap | None = None  # the writer's; without it no cell is written to
+        self.ahead = WritingAhead(self)
         try:
             self.lmdb = lmdb.Environment(
                 str(path),
@@ -136,7 +138,7 @@ class Environment:
     def take_cells(self, count: int) -> list[int]:
         """So many free cells, fewer if there are not as many or the file system has no room for them. CellsFailed.
 
-        The writer's thread.
+        Who calls it holds the lock of `ahead`.
         """
         file, free = self.cells, self.free_cells
         if free is None or not count or not file.takes:
@@ -166,6 +168,7 @@ class Environment:
         return True
 
     def close(self) -> None:
+        self.ahead.stop()
         self.lmdb.close()
         self.cells.close()
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from silofs.blocks import LEAF_MASK, LEAF_PAGES, LEAF_SHIFT, pages_for
 from silofs.extents import Extents
 from silofs.layers import leaves, schema
+from silofs.layers.ahead import Ahead
 from silofs.layers.catalog import Volume
 from silofs.layers.changes import Numbers
 from silofs.layers.native import Source
@@ -45,15 +46,22 @@ class HeadWriter:
 
     def write(self, numbers: Numbers, source: Source, zero: npt.NDArray[np.bool_]) -> None:
         """Pages with ascending numbers, and their bytes; `zero` says which are all zero."""
+        self._put(numbers, self.store(numbers, source, zero))
+
+    def store(self, numbers: Numbers, source: Source, zero: npt.NDArray[np.bool_]) -> Refs:
+        """References to such pages, for `refer`."""
         if not zero.any():  # as nearly always
-            self._put(numbers, self._txn.store_pages(self._head, numbers.tolist(), source))
-            return
+            return self._txn.store_pages(self._head, numbers.tolist(), source)
         refs = np.full(len(numbers), schema.ZERO, np.uint64)
         kept = np.flatnonzero(~zero)
         if len(kept):
             some = Source(source.base, source.at[kept])
             refs[kept] = self._txn.store_pages(self._head, numbers[kept].tolist(), some)
-        self._put(numbers, refs)
+        return refs
+
+    def adopt(self, ahead: Ahead, live: npt.NDArray[np.bool_]) -> Refs:
+        """References to what was written ahead, for `refer`; those to pages that are not `live` are void."""
+        return self._txn.adopt(self._head, ahead, live)
 
     def lose(self, numbers: Numbers) -> None:
         """Pages with ascending numbers become LOST: an error until they are overwritten."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from silofs.errors import Damaged
 from silofs.layers import schema
+from silofs.layers.ahead import Ahead
 from silofs.layers.cell_changes import CellChanges
 from silofs.layers.environment import Environment
 from silofs.layers.native import Source, build_objects
@@ -51,7 +52,7 @@ class ObjectChanges(CellChanges):
         packed = count if rest >= schema.OBJECT_PAGES_MIN else count - rest
         refs = np.empty(count, np.uint64)
         refs[:packed] = self._put_objects(layer_id, pages[:packed], Source(source.base, source.at[:packed]))
-        object_id = self._counters.next_object
+        object_id = self.take_ids(count - packed) if packed < count else 0
         for index in range(packed, count):
             key = schema.KEY.pack(object_id)
             page = source.page(index)
@@ -59,8 +60,6 @@ class ObjectChanges(CellChanges):
             self._put(schema.NAME, key, schema.lone_name(key, object_id, layer_id, pages[index], page), append=True)
             refs[index] = schema.ref(schema.LONE, object_id)
             object_id += 1
-        assert object_id <= schema.OBJECT_ID_MAX
-        self.count(next_object=object_id)
         return refs
 
     def store_mixed(self, places: Sequence[tuple[int, int]], source: Source) -> Refs:
@@ -69,9 +68,9 @@ class ObjectChanges(CellChanges):
 
     def _put_objects(self, layers: int | Sequence[int], pages: Sequence[int], source: Source) -> Refs:
         """Store pages of one layer, or with a layer for each, 31 to an object; their references."""
-        first_id = self._counters.next_object
-        end_id = first_id + -(-len(pages) // schema.OBJECT_PAGES)
-        assert end_id <= schema.OBJECT_ID_MAX
+        count = -(-len(pages) // schema.OBJECT_PAGES)
+        first_id = self.take_ids(count)
+        end_id = first_id + count
         in_cells = self._put_in_cells(first_id, source)
         inline = Source(source.base, source.at[in_cells * schema.OBJECT_PAGES :])
         self._put_in_lmdb(first_id + in_cells, inline)
@@ -79,8 +78,21 @@ class ObjectChanges(CellChanges):
         self._new_objects.update(dict.fromkeys(range(first_id, end_id), _FULL))
         if rest := len(pages) % schema.OBJECT_PAGES:
             self._new_objects[end_id - 1] = (1 << rest) - 1
-        self.count(next_object=end_id)
         return schema.object_refs(first_id, len(pages))
+
+    def adopt(self, layer_id: int, ahead: Ahead, live: npt.NDArray[np.bool_]) -> Refs:
+        """Let what was written ahead be objects of a layer; references to its pages. Those not `live` are void."""
+        slots = np.zeros(len(ahead.cells) * schema.OBJECT_PAGES, np.uint32)
+        slots[: len(live)] = live
+        masks = (
+            (slots.reshape(-1, schema.OBJECT_PAGES) << np.arange(schema.OBJECT_PAGES, dtype=np.uint32)).sum(1).tolist()
+        )
+        self._adopt_cells(ahead, [mask != 0 for mask in masks])
+        names = schema.object_names(ahead.first_id, layer_id, ahead.pages.tolist())
+        self._store(schema.NAME, [name for name, mask in zip(names, masks, strict=True) if mask], ahead.first_id)
+        self._new_objects.update({ahead.first_id + at: mask for at, mask in enumerate(masks) if mask})
+        self.count(next_object=max(self._counters.next_object, ahead.first_id + len(masks)))
+        return schema.object_refs(ahead.first_id, len(ahead.pages))
 
     def _put_in_lmdb(self, object_id: int, source: Source) -> None:
         """Store objects as records, some at a time."""

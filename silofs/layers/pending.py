@@ -6,13 +6,21 @@ the bytes. A `Pending` is written by the engine only until it is handed to a com
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Final, cast
+
+import numpy as np
 
 from silofs.blocks import LEAF_SHIFT, PAGE, PAGE_SHIFT
 from silofs.extents import Extents
+from silofs.layers.ahead import Ahead, Numbers
+from silofs.layers.schema import OBJECT_PAGES
 
 ZERO: Final = -1
 """In place of a ring position: the page is all zeros, and has no bytes in the ring."""
+
+LONG_BYTES: Final = 1 << 16
+"""Of a write that is written ahead."""
 
 IN_ORDER: Final = "records are indexed in the order of the log"
 
@@ -76,7 +84,7 @@ class Patch:
 class Pending:
     """One volume's writes since a cut of the log. `zeros` (page ranges) lie beneath `pages`."""
 
-    __slots__ = ("bytes", "first_lsn", "last_lsn", "leaves", "pages", "uuid", "zeros")
+    __slots__ = ("ahead", "bytes", "first_lsn", "last_lsn", "leaves", "long", "pages", "uuid", "zeros")
 
     def __init__(self, uuid: bytes) -> None:
         self.uuid = uuid
@@ -86,6 +94,8 @@ class Pending:
         self.zeros = Extents()
         self.bytes = 0  # payload indexed, overwritten pages counted again: what the ring holds for it
         self.leaves: set[int] = set()  # touched by writes; zeroed ranges are not counted
+        self.long: list[tuple[int, int, int]] = []  # (first page, end, ring position) of long writes, not written ahead
+        self.ahead: list[Future[Ahead | None]] = []  # what was
 
     def __bool__(self) -> bool:
         return self.last_lsn != 0
@@ -117,6 +127,8 @@ class Pending:
         if first < end:
             count = (end - first) << PAGE_SHIFT
             self.pages.update(zip(range(first, end), range(position, position + count, PAGE), strict=True))
+            if count >= LONG_BYTES:
+                self.long.append((first, end, position))
             position += count
         rest = (offset + length) & (PAGE - 1)
         if rest and first <= end:
@@ -148,6 +160,30 @@ class Pending:
             for page in [page for page in pages if first_page <= page < end_page]:
                 del pages[page]
         self.zeros.add(first_page, end_page)
+
+    @property
+    def long_pages(self) -> int:
+        """Pages of long writes that are not written ahead."""
+        return sum(end - first for first, end, _ in self.long)
+
+    def take_long(self) -> tuple[Numbers, Numbers]:
+        """(page numbers, ascending; ring positions) of long writes, as many as fill whole objects; the rest is kept."""
+        runs, left = self.long, []
+        rest = self.long_pages % OBJECT_PAGES
+        while rest:
+            first, end, position = runs.pop()
+            cut = max(first, end - rest)
+            left.append((cut, end, position + (cut - first) * PAGE))
+            if first < cut:
+                runs.append((first, cut, position))
+            rest -= end - cut
+        self.long = left[::-1]
+        if not runs:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        pages = np.concatenate([np.arange(first, end) for first, end, _ in runs])
+        at = np.concatenate([position + PAGE * np.arange(end - first) for first, end, position in runs])
+        order = np.argsort(pages, kind="stable")
+        return pages[order], at[order]
 
     def split(self) -> tuple[dict[int, int], dict[int, Patch]]:
         """(pages that lie in the ring as they are, pages of which only parts were written)."""

@@ -77,6 +77,13 @@ class Puts(ReadTxn):
         self.count(rows=rows)
         self._counted.discard(table.name)
 
+    def take_ids(self, count: int) -> int:
+        """The first of so many ids for objects, above all that were given out."""
+        first = self._environment.ahead.take_ids(count, self._counters.next_object)
+        assert first + count - 1 <= schema.OBJECT_ID_MAX
+        self.count(next_object=first + count)
+        return first
+
     def put_record(self, table: Table, key: bytes, record: Record) -> None:
         """Store a catalog record, new or in place of its older self."""
         value = catalog.encode(table, key, record)

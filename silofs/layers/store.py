@@ -22,8 +22,9 @@ import lmdb
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreBroken, StoreError, StoreLocked
 from silofs.layers import catalog, schema
+from silofs.layers.ahead import Ahead, Numbers
 from silofs.layers.catalog import State
-from silofs.layers.catalog_reader import verify_catalog
+from silofs.layers.catalog_reader import CatalogReader, verify_catalog
 from silofs.layers.cell_changes import free_cells
 from silofs.layers.commit import CommitResult, Committed, apply_all
 from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
@@ -133,7 +134,7 @@ class Store:
                 try:
                     with ReadTxn(environment) as txn:
                         verify_catalog(txn)
-                        environment.free_cells = free_cells(txn, environment)
+                        _know_objects(environment, txn)
                 except BaseException:
                     environment.close()  # a map is not to stay as long as the error does
                     raise
@@ -218,6 +219,18 @@ class Store:
 
         return self.submit(run)
 
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether something is being written ahead, or synced."""
+        return self._environment.ahead.busy
+
+    def write_ahead(self, ring: memoryview, pages: Numbers, at: Numbers) -> Future[Ahead | None]:
+        """Put whole pages (numbers ascending, and their places in `ring`) on their way to the disk before their commit.
+
+        Nothing refers to them until a `commit` of a Pending that has the future in its `ahead`.
+        """
+        return self._environment.ahead.put(ring, pages, at)
+
     def step(self, policy: Policy) -> Future[Stepped]:
         """One step of a policy, in a transaction of its own."""
         return self.submit(lambda txn: take(policy, txn, Budget.times(max(1.0, policy.hurry()))))
@@ -290,7 +303,7 @@ class Store:
             self._environment = Environment(data, held=self.held, notes=self._environment.notes)
             with ReadTxn(self._environment) as txn:
                 verify_catalog(txn)
-                self._environment.free_cells = free_cells(txn, self._environment)
+                _know_objects(self._environment, txn)
             self._start_writer()  # commits once
             self.write(lambda txn: txn.count(opens=txn.state.opens))
         except (lmdb.Error, OSError, SiloError) as error:
@@ -370,6 +383,12 @@ def _make(path: Path, uuid: bytes) -> None:
         raise StoreError(f"the store in {path.parent} cannot be made: {error}", hint="is its disk full?") from error
     finally:
         environment.close()
+
+
+def _know_objects(environment: Environment, txn: CatalogReader) -> None:
+    """Which cells are free, and from which id on no object has one; with that, cells can be written to."""
+    environment.free_cells = free_cells(txn, environment)
+    environment.ahead.take_ids(0, txn.state.next_object)
 
 
 def _expect(path: Path) -> None:

@@ -23,9 +23,14 @@ class Syncer:
         self._thread: threading.Thread | None = None
 
     def written(self) -> int:
-        """Something more was written; a mark for `begin` and `wait`."""
-        self._written += 1
-        return self._written
+        """Something more was written; a mark for `begin` and `wait`. Any thread."""
+        with self._changed:
+            self._written += 1
+            return self._written
+
+    @property
+    def busy(self) -> bool:
+        return self._wanted > self._synced
 
     def begin(self, mark: int) -> None:
         """Go about making durable what was written up to the mark."""

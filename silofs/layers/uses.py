@@ -37,6 +37,7 @@ from silofs.layers.use_records import USER, USER_COUNT, Use, read_user
 
 log = logging.getLogger(__name__)
 
+
 class ContainerChanges(ObjectChanges):
     """Stores containers, and keeps account of who refers to them."""
 
@@ -49,9 +50,8 @@ class ContainerChanges(ObjectChanges):
 
     def store_container(self, pieces: Sequence[Piece]) -> int:
         """Store a container; its id. The caller refers to its pages in this same transaction."""
-        container_id = self._counters.next_object
+        container_id = self.take_ids(1)
         assert container_id <= schema.OBJECT_ID_MAX
-        self.count(next_object=container_id + 1)
         key = schema.KEY.pack(container_id)
         self._put(schema.CONTAINER, key, containers.container(container_id, pieces), append=True)
         pages = sum(piece.pages.bit_count() for piece in pieces)

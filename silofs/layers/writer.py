@@ -19,7 +19,8 @@ from typing import Any, Final, TypeVar
 import lmdb
 
 from silofs.errors import Damaged, SiloError, StoreBroken, StoreFull
-from silofs.layers.cells import CellsFailed
+from silofs.layers.cell_map import CellMap
+from silofs.layers.cells import CellFile, CellsFailed
 from silofs.layers.environment import Environment
 from silofs.layers.filesystem import free_bytes
 from silofs.layers.gate import Gate
@@ -127,15 +128,21 @@ class Writer:
                 txn.commit()
         except BaseException:
             txn.abort()
-            if write is not None and write.cells_taken and free_cells is not None:
-                if committing:
-                    # It may have landed all the same: then its cells are in use.
+            if write is not None and committing:
+                # It may have landed all the same: then its cells are in use.
+                self._spend(write)
+                if write.cells_taken:
                     self._environment.cells.rest()
-                else:
+            elif write is not None and write.cells_taken and free_cells is not None:
+                with self._environment.ahead.lock:
                     free_cells.undone(write.cells_taken)
             raise
         finally:
             self._environment.notes.writer.clear()
+        self._spend(write)
+        if write.cells_unused and free_cells is not None:
+            with self._environment.ahead.lock:
+                free_cells.undone(write.cells_unused)
         if write.cells_given_up and free_cells is not None:
             free_cells.given_up(write.txn_id, write.cells_given_up)
         if write.changed:
@@ -147,6 +154,11 @@ class Writer:
         self.warm.update(write.warmed)
         self._usage.update(write.settled)
         return value
+
+    @staticmethod
+    def _spend(write: WriteTxn) -> None:
+        for ahead in write.adopted:
+            ahead.spent = True
 
     def _measure(self, unused: int) -> None:
         """Tell the ledger of space what the commit has left."""
@@ -160,9 +172,15 @@ class Writer:
 
     def _tidy_cells(self) -> None:
         """Let cells that nobody can see any more be used again, and give the blocks of all but some of them back."""
-        file, free = self._environment.cells, self._environment.free_cells
+        file, free, ahead = self._environment.cells, self._environment.free_cells, self._environment.ahead
         if free is None:
             return
+        with ahead.lock:
+            ahead.free_abandoned(free)
+            self._give_back(file, free)
+
+    def _give_back(self, file: CellFile, free: CellMap) -> None:
+        """Of a map whose lock is held."""
         if free.waiting:
             # Only what was given up before the newest transaction, as LMDB's own pages: who was about to renew its
             # snapshot when that landed is in nobody's table for a moment, and may still look through older views.

@@ -58,6 +58,17 @@ def test_background_work_and_upgrades_change_nothing_that_is_seen(
     assert not found.problems, "\n".join(found.problems)
 
 
+def test_long_writes_that_go_ahead_of_their_commit(
+    directory: Path, cuts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(directory, seed="ahead", environment=mutant.environment(directory, "eager_ahead"))
+    found = explore(directory, cuts=cuts // 4)
+    with capsys.disabled():
+        print(f"\nahead: {found.cuts} power cuts, anywhere and behind {', '.join(found.steps)}")
+    assert not found.problems, "\n".join(found.problems)
+    assert cuts < 100 or "ahead.written" in found.steps
+
+
 def test_a_store_that_does_not_sync_is_noticed(directory: Path) -> None:
     """The negative control: the same test fails soon when fdatasync(2) does nothing."""
     library = directory / "forgetful.so"
@@ -72,7 +83,7 @@ def test_a_mount_that_does_not_see_the_flags_of_a_write_is_noticed(directory: Pa
 
 
 @pytest.mark.parametrize("name", mutant.MUTANTS)
-def test_a_mistake_in_the_journal_is_noticed(directory: Path, name: str) -> None:
+def test_a_mistake_in_what_is_durable_when_is_noticed(directory: Path, name: str) -> None:
     assert noticed(directory, mutant.environment(directory, name))
 
 

@@ -73,7 +73,7 @@ def block(at: int, seed: int) -> bytes:
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
 def test_a_disk_that_its_volumes_fill(kind: str, tmp_path: Path) -> None:
     """Most of what they hold lies in cells: those of a removed volume give their blocks back, for others."""
-    with small(kind, 640, tmp_path) as disk:
+    with small(kind, 896, tmp_path) as disk:
         store = tmp_path / "a-store"
         store.symlink_to(disk / "store")
         (disk / "store").mkdir(mode=0o700)

@@ -98,7 +98,9 @@ def test_a_suspended_reader_holds_up_nobody(tmp_path: Path) -> None:
     """`check` in its child holds a read transaction: stopped for long or killed, it must not stop writers."""
     with Mount(tmp_path) as mount:
         mount.silofs("create", "vm1", "--size", "32M")
-        mount.image("vm1").write_bytes(os.urandom(32 * MIB))
+        with mount.image("vm1").open("r+b", buffering=0) as image:
+            image.write(os.urandom(32 * MIB))
+            os.fsync(image.fileno())  # so that no space is held for it any more
         checking = subprocess.Popen(
             [Path(sys.executable).parent / "silofs", "check", "--read-data"],
             env=mount.environment,

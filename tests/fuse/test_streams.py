@@ -258,7 +258,7 @@ def test_a_target_that_is_full(mount: Mount, tmp_path: Path) -> None:
     mount.silofs("snapshot", "vm1@tue")
     out = tmp_path / "tue"
     mount.silofs("export", "vm1@tue", str(out), "--format", "stream")
-    with small("tmpfs", 140, tmp_path) as point, Mount(point) as backup:
+    with small("tmpfs", 188, tmp_path) as point, Mount(point) as backup:
         backup.silofs("create", "other", "--size", "1M")
         for _ in range(2):
             done = backup.run("import", str(out), "vm1", "--json")

@@ -60,7 +60,8 @@ async def test_a_write_is_committed_by_age(rig: Rig, autojump_clock: MockClock) 
 
 
 async def test_much_is_committed_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
-    monkeypatch.setattr("silofs.engine.commits.COMMIT_BYTES", 10 * PAGE)
+    for name in ("COMMIT_BYTES", "AHEAD_BYTES"):
+        monkeypatch.setattr(f"silofs.engine.commits.{name}", 10 * PAGE)
     async with rig.running() as engine:
         volume = await rig.volume()
         for number in range(10):
