@@ -55,7 +55,7 @@ class Ahead:
     @property
     def usable(self) -> bool:
         """Whether the cells are its own: the environment is open, and no write or sync of cells has failed since."""
-        return not self.spent and self._trust == self._store.trust()
+        return not self.spent and not self._store.stopped and self._trust == self._store.trust()
 
     def newest(self, numbers: Numbers, positions: Numbers) -> tuple[Numbers, Flags]:
         """(where its pages are in `numbers`, which of them a commit of the pages at `positions` would store).
@@ -92,7 +92,7 @@ class WritingAhead:
         self._environment = environment
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._stopped = False
+        self.stopped = False
         self._stopping = threading.Lock()
         self._writing = False
         self._next_id = 0  # of objects: above all that were given out, in transactions and ahead of them
@@ -108,7 +108,7 @@ class WritingAhead:
 
     def trust(self) -> Trust:
         """Changes when cells that were written can no longer be relied on."""
-        return None if self._stopped else self._environment.free_cells, self._environment.cells.rests
+        return self._environment.free_cells, self._environment.cells.rests
 
     @property
     def busy(self) -> bool:
@@ -119,19 +119,28 @@ class WritingAhead:
         """Whole pages (numbers ascending), and where they lie in the log's ring; None: they could not be written."""
         future: Future[Ahead | None] = Future()
         with self._stopping:
-            if self._stopped:
+            if self.stopped or not self._started():
                 future.set_result(None)
-                return future
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="silofs-ahead", daemon=True)
-                self._thread.start()
-            self._jobs.put(_Job(future, ring, pages, at))
+            else:
+                self._jobs.put(_Job(future, ring, pages, at))
         return future
 
+    def _started(self) -> bool:
+        """Whether the thread runs, which is started when it is first needed."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="silofs-ahead", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.error("long writes are not written ahead of their commit: %s", error)
+                return False
+            self._thread = thread
+        return True
+
     def stop(self) -> None:
-        """Finish what was put, then end the thread. Nobody adopts anything of it from here on."""
+        """End the thread. Nobody adopts anything from here on, and what is not being written yet never is."""
         with self._stopping:
-            self._stopped = True
+            self.stopped = True
             self._jobs.put(None)
         if self._thread is not None:
             self._thread.join()
@@ -140,7 +149,7 @@ class WritingAhead:
         while (job := self._jobs.get()) is not None:
             self._writing = True
             try:
-                job.future.set_result(self._write(job))
+                job.future.set_result(None if self.stopped else self._write(job))
             except Exception:
                 log.exception("long writes could not be written ahead of their commit, which goes without")
                 job.future.set_result(None)

@@ -74,7 +74,7 @@ class _Bits:
 
 
 class CellMap:
-    """The free cells of one file. The writer's thread only."""
+    """The free cells of one file. Who takes cells, or gives some back, holds `WritingAhead.lock`."""
 
     def __init__(self, cells: int, used: Mapping[int, bytes]) -> None:
         """`cells`: that the file has, whole maps of them. `used`: the records, by number; a map without one is free."""

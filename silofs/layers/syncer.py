@@ -2,7 +2,7 @@
 
 What a disk takes quickly it may still have to put away when it is told to (a flush): on disks that were measured that
 took longer than the transfer, and for many small flushes together twice as long as for a large one. So the disk is told
-once for each transaction, as soon as all its bytes are written, and waited for at the end.
+for large pieces, as soon as all bytes of one are written, and waited for at the end of the transaction.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class Syncer:
 
     def begin(self, mark: int) -> None:
         """Go about making durable what was written up to the mark."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="silofs-syncer", daemon=True)
-            self._thread.start()
         with self._changed:
+            assert mark <= self._written, "a mark of this file's"
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="silofs-syncer", daemon=True)
+                thread.start()
+                self._thread = thread  # one only: the kernel says an error once, to whoever asks first
             self._wanted = max(self._wanted, mark)
             self._changed.notify_all()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from silofs.blocks import PAGE
 from silofs.layers import schema
 from silofs.layers.ahead import Ahead
+from silofs.layers.native import write_cells
 from silofs.layers.pending import Pending
 from silofs.layers.schema import OBJECT_PAGES
 from silofs.layers.store import CommitResult
@@ -206,6 +209,62 @@ def test_a_store_that_was_opened_anew_adopts_nothing(rig: Rig, uuid: bytes) -> N
     rig.commit()
     assert rig.read("vm") == data.ljust(SIZE, b"\0")
     sound(rig)
+
+
+class Jobs(queue.SimpleQueue[Any]):
+    """Says when the end of the jobs was put."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def put(self, item: object, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        if item is None:
+            self.ended.set()
+
+
+def test_what_was_being_written_when_the_store_was_opened_anew(
+    rig: Rig, uuid: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it adopted, whether it was begun before that or would have been during it."""
+    writing, environment, jobs = threading.Event(), rig.store._environment, Jobs()
+    environment.ahead._jobs = jobs
+    def slow(*arguments: Any) -> None:
+        writing.set()
+        jobs.ended.wait()
+        write_cells(*arguments)
+
+    first = long_write(rig, uuid, 0, PAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr("silofs.layers.cells.write_cells", slow)
+        begun = ahead(rig, uuid)
+        writing.wait()
+        second = long_write(rig, uuid, PAGES, PAGES)
+        queued = ahead(rig, uuid)
+        rig.store.reopen()
+    kept = begun.result()
+    assert kept is not None and not kept.usable
+    assert queued.result() is None
+    rig.commit()
+    assert rig.read("vm") == first + second
+    sound(rig)
+
+
+def test_without_a_thread_for_it_nothing_is_written_ahead(
+    rig: Rig, uuid: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    data = long_write(rig, uuid, 0, PAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert ahead(rig, uuid).result() is None
+    data += long_write(rig, uuid, PAGES, PAGES)
+    first_id, places = cells_of(ahead(rig, uuid))
+    rig.commit()
+    assert sound(rig).items() >= dict(enumerate(places, first_id)).items()
+    assert rig.read("vm") == data
 
 
 def test_it_goes_on_while_a_transaction_waits_for_the_disk(
