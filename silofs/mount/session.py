@@ -203,7 +203,8 @@ class _Polled:
         if going_on and (self._poll(0) or self._spin()):
             self._taken = taken
             return True
-        if self._seen is not None and self._seen(self._taken, going_on):
+        # Also after a burst: the sleep may be long, and somebody waits to hear that there is none.
+        if self._seen is not None and self._seen(self._taken, going_on or not self._poll(0)):
             self._seen = None
         self._taken = 0
         if self._bell.expected and await self._wait_both():

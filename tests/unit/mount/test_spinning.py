@@ -44,7 +44,12 @@ class Waiter:
         self.slept = 0
         self.bell = Bell()
         self.crowding = 0
-        self.polled = _Polled(pipe[0], self._sleep, lambda: False, None, self.bell, self)
+        self.told: list[tuple[int, bool]] = []  # requests read since the last time; there was none more
+        self.polled = _Polled(pipe[0], self._sleep, lambda: False, self.seen, self.bell, self)
+
+    def seen(self, reads: int, empty: bool) -> bool:
+        self.told.append((reads, empty))
+        return False
 
     async def eased(self) -> None:
         """As a crowd: it never is one for longer than it is waited for."""
@@ -98,6 +103,18 @@ async def test_a_burst_of_long_requests_ends_by_time(waiter: Waiter) -> None:
     waiter.clock.now += limits.FUSE_BURST_NS // 2
     assert await sleeps(), "though a request was there"
     assert not await sleeps()
+
+
+@pytest.mark.parametrize("another", [False, True])
+async def test_after_a_long_request_it_is_told_whether_there_was_another(waiter: Waiter, another: bool) -> None:
+    """Commands wait to hear that there is none, and the sleep after a burst may have no end."""
+    os.write(waiter.pipe[1], b"r")
+    await waiter.request()
+    waiter.clock.now += limits.FUSE_BURST_NS
+    if another:
+        os.write(waiter.pipe[1], b"r")
+    await waiter.request()
+    assert waiter.told == [(1, not another)]
 
 
 async def test_one_that_was_for_nothing_is_not_repeated_soon(waiter: Waiter) -> None:
