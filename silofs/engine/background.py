@@ -23,7 +23,7 @@ from silofs.limits import BACKGROUND_RETRY_S, BACKGROUND_SHARE, BACKGROUND_WAIT_
 
 log = logging.getLogger(__name__)
 
-PEEK_S = 0.005  # between looks at whether commits leave room
+PEEK_S = 0.05  # between looks at whether commits leave room, which is when one has landed if at all
 IDLE_S = 0.25  # between rounds that find nothing to do
 
 
@@ -71,7 +71,8 @@ class Background:
             allowed = not self._store.broken and self._commits.failed is None and self._quiet()
             if allowed and (not self._commits.busy or turn.policy.hurry()):
                 return True
-            await trio.sleep(PEEK_S)
+            with trio.move_on_after(PEEK_S):
+                await self._commits.landed.wait()
 
     async def _step(self, turn: Turn) -> bool:
         """One step, and a pause in proportion; whether there is more to do."""
