@@ -28,6 +28,7 @@ setup(
         Extension(
             "silofs.layers.native.objects",
             ["silofs/layers/native/objects.c"],
+            libraries=["xxhash"],
             extra_compile_args=WARNINGS,
             optional=True,
         ),

@@ -12,8 +12,11 @@
 #include <string.h>
 #include <sys/uio.h>
 
-#define XXH_INLINE_ALL
+#if defined(__x86_64__)
+#include <xxh_x86dispatch.h> /* takes what vectors this processor has */
+#else
 #include <xxhash.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
