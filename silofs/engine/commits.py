@@ -136,9 +136,9 @@ class Commits:
         for volume in self._dirty:
             pending = volume.pending
             if pending.long_pages << PAGE_SHIFT >= AHEAD_BYTES:
-                pages, at = pending.take_long()
-                pending.ahead.append(self._store.write_ahead(self._log.ring, pages, at))
-                self._ahead += len(pages) << PAGE_SHIFT
+                runs = pending.take_long()
+                pending.ahead.append(self._store.write_ahead(self._log.ring, runs))
+                self._ahead += sum(end - first for first, end, _ in runs) << PAGE_SHIFT
 
     def _mostly_long(self) -> bool:
         """Whether what waits is written ahead for the most part, or will be."""

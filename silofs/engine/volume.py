@@ -192,6 +192,7 @@ class VolumeState:
         """Hand what is pending to a commit and begin anew."""
         assert self.flushing is None, "one commit at a time"
         self.flushing, self.pending = self.pending, Pending(self.uuid)
+        self.flushing.seal()
         self.clean = True
         self.overlaid = True
         return self.flushing

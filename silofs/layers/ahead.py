@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from silofs import failpoints
+from silofs.blocks import PAGE
 from silofs.layers.cells import CellsFailed
 from silofs.layers.native import Source, zero_pages
 from silofs.layers.schema import OBJECT_PAGES
@@ -33,7 +35,17 @@ log = logging.getLogger(__name__)
 Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
+Run = tuple[int, int, int]  # (first page, end, ring position) of pages that lie in the ring one after the other
+
 Trust = tuple["CellMap | None", int]
+
+
+def spread(runs: Sequence[Run]) -> tuple[Numbers, Numbers]:
+    """(page numbers, ring positions) of some runs, page by page in their order."""
+    first, end, position = np.array(runs, np.int64).reshape(-1, 3).T
+    counts = end - first
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(first, counts) + within, np.repeat(position, counts) + within * PAGE
 
 
 class Ahead:
@@ -78,8 +90,7 @@ class Ahead:
 class _Job(NamedTuple):
     future: Future[Ahead | None]
     ring: memoryview
-    pages: Numbers
-    at: Numbers
+    runs: list[Run]
 
 
 class WritingAhead:
@@ -115,14 +126,14 @@ class WritingAhead:
         """Whether something is being written, or synced: what comes now had better be gathered. Any thread."""
         return not self._jobs.empty() or self._writing or self._environment.cells.syncing
 
-    def put(self, ring: memoryview, pages: Numbers, at: Numbers) -> Future[Ahead | None]:
-        """Whole pages (numbers ascending), and where they lie in the log's ring; None: they could not be written."""
+    def put(self, ring: memoryview, runs: list[Run]) -> Future[Ahead | None]:
+        """Whole pages in the log's ring, in the order in which they came; None: they could not be written."""
         future: Future[Ahead | None] = Future()
         with self._stopping:
             if self.stopped or not self._started():
                 future.set_result(None)
             else:
-                self._jobs.put(_Job(future, ring, pages, at))
+                self._jobs.put(_Job(future, ring, runs))
         return future
 
     def _started(self) -> bool:
@@ -157,13 +168,16 @@ class WritingAhead:
             del job  # and what it wrote, which this thread must not keep alive
 
     def _write(self, job: _Job) -> Ahead | None:
-        some = np.flatnonzero(~zero_pages(Source(job.ring, job.at)))
+        pages, at = spread(job.runs)
+        order = np.argsort(pages, kind="stable")
+        pages, at = pages[order], at[order]
+        some = np.flatnonzero(~zero_pages(Source(job.ring, at)))
         with self.lock:
             cells = self._environment.take_cells(-(-len(some) // OBJECT_PAGES))
             if not cells:
                 return None
             some = some[: len(cells) * OBJECT_PAGES]
-            ahead = Ahead(self, self.take_ids(len(cells)), cells, job.pages[some], job.at[some])
+            ahead = Ahead(self, self.take_ids(len(cells)), cells, pages[some], at[some])
         file = self._environment.cells
         try:
             ahead.mark = file.write(ahead.first_id, Source(job.ring, ahead.at), cells)

@@ -112,16 +112,11 @@ def _apply(writer: HeadWriter, txn: WriteTxn, pending: Pending, ring: memoryview
     """One volume's zeroed ranges, then its pages, which lie above them."""
     end_page = pages_for(writer.volume.size)
     writer.zero((first, min(end, end_page)) for first, end in pending.zeros)
-    if not pending.pages:
-        return
-    pages, patches = pending.split()
+    numbers, positions, patches = pending.split()
     _apply_patches(writer, txn, {page: patch for page, patch in patches.items() if page < end_page}, ring)
-    numbers = np.fromiter(pages, np.int64, len(pages))
-    positions = np.fromiter(pages.values(), np.int64, len(pages))
-    order = np.argsort(numbers)
-    order = order[: np.searchsorted(numbers, end_page, sorter=order)]  # a shrunk volume has no pages beyond its size
-    if len(order):
-        numbers, positions = numbers[order], positions[order]
+    inside = np.searchsorted(numbers, end_page)  # a shrunk volume has no pages beyond its size
+    numbers, positions = numbers[:inside], positions[:inside]
+    if len(numbers):
         refs = _adopt(writer, pending, numbers, positions)
         rest = np.flatnonzero(refs == 0)
         if len(rest):

@@ -2,18 +2,21 @@
 
 Positions are byte positions of a page's (or a range's) first byte in the log's ring, which is passed to whoever needs
 the bytes. A `Pending` is written by the engine only until it is handed to a commit; after that nobody changes it.
+
+Long writes are indexed page by page only when somebody asks for one, or lays something else over them: most streams are
+committed before anybody reads them, and a commit takes long writes as they came.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 
 from silofs.blocks import LEAF_SHIFT, PAGE, PAGE_SHIFT
 from silofs.extents import Extents
-from silofs.layers.ahead import Ahead, Numbers
+from silofs.layers.ahead import Ahead, Numbers, Run, spread
 from silofs.layers.schema import OBJECT_PAGES
 
 ZERO: Final = -1
@@ -84,21 +87,51 @@ class Patch:
 class Pending:
     """One volume's writes since a cut of the log. `zeros` (page ranges) lie beneath `pages`."""
 
-    __slots__ = ("ahead", "bytes", "first_lsn", "last_lsn", "leaves", "long", "pages", "uuid", "zeros")
+    __slots__ = (
+        "_late",
+        "_pages",
+        "_sealed",
+        "ahead",
+        "bytes",
+        "first_lsn",
+        "last_lsn",
+        "leaves",
+        "long",
+        "uuid",
+        "zeros",
+    )
 
     def __init__(self, uuid: bytes) -> None:
         self.uuid = uuid
         self.first_lsn = 0  # of the oldest record indexed here; 0 while there is none
         self.last_lsn = 0
-        self.pages: dict[int, int | Patch] = {}
+        self._pages: dict[int, int | Patch] = {}
+        self._late: list[Run] = []  # long writes that are newer than all of `_pages`, and not in it yet
+        self._sealed: tuple[dict[int, int | Patch], list[Run]] | None = None  # both, as a commit got them
         self.zeros = Extents()
         self.bytes = 0  # payload indexed, overwritten pages counted again: what the ring holds for it
         self.leaves: set[int] = set()  # touched by writes; zeroed ranges are not counted
-        self.long: list[tuple[int, int, int]] = []  # (first page, end, ring position) of long writes, not written ahead
+        self.long: list[Run] = []  # long writes that are not written ahead
         self.ahead: list[Future[Ahead | None]] = []  # what was
 
     def __bool__(self) -> bool:
         return self.last_lsn != 0
+
+    @property
+    def pages(self) -> dict[int, int | Patch]:
+        """By page, the ring position of its bytes, or a Patch. To be looked at; of the event loop's thread."""
+        if self._late:
+            self._index()
+        return self._pages
+
+    def _index(self) -> None:
+        if self._sealed is not None:
+            # The commit's thread looks at what it was given.
+            self._pages = dict(self._pages)
+        for first, end, position in self._late:
+            count = (end - first) << PAGE_SHIFT
+            self._pages.update(zip(range(first, end), range(position, position + count, PAGE), strict=True))
+        self._late = []
 
     @property
     def leaves_touched(self) -> int:
@@ -106,7 +139,7 @@ class Pending:
 
     def write(self, offset: int, position: int, length: int, lsn: int) -> None:
         """Index `length` bytes for the volume's byte `offset`, which lie at ring `position`."""
-        assert lsn > self.last_lsn, IN_ORDER
+        assert lsn > self.last_lsn and self._sealed is None, IN_ORDER
         self.last_lsn = lsn
         if not self.first_lsn:
             self.first_lsn = lsn
@@ -126,9 +159,12 @@ class Pending:
             first += 1
         if first < end:
             count = (end - first) << PAGE_SHIFT
-            self.pages.update(zip(range(first, end), range(position, position + count, PAGE), strict=True))
             if count >= LONG_BYTES:
-                self.long.append((first, end, position))
+                run = first, end, position
+                self._late.append(run)
+                self.long.append(run)
+            else:
+                self.pages.update(zip(range(first, end), range(position, position + count, PAGE), strict=True))
             position += count
         rest = (offset + length) & (PAGE - 1)
         if rest and first <= end:
@@ -146,7 +182,7 @@ class Pending:
 
     def zero(self, first_page: int, end_page: int, lsn: int) -> None:
         """The whole pages [first_page, end_page) become zero. Ragged edges are the caller's: writes of zeros."""
-        assert lsn > self.last_lsn, IN_ORDER
+        assert lsn > self.last_lsn and self._sealed is None, IN_ORDER
         self.last_lsn = lsn
         if not self.first_lsn:
             self.first_lsn = lsn
@@ -166,8 +202,8 @@ class Pending:
         """Pages of long writes that are not written ahead."""
         return sum(end - first for first, end, _ in self.long)
 
-    def take_long(self) -> tuple[Numbers, Numbers]:
-        """(page numbers, ascending; ring positions) of long writes, as many as fill whole objects; the rest is kept."""
+    def take_long(self) -> list[Run]:
+        """Long writes, as many as fill whole objects; the rest is kept."""
         runs, left = self.long, []
         rest = self.long_pages % OBJECT_PAGES
         while rest:
@@ -178,24 +214,43 @@ class Pending:
                 runs.append((first, cut, position))
             rest -= end - cut
         self.long = left[::-1]
-        if not runs:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        pages = np.concatenate([np.arange(first, end) for first, end, _ in runs])
-        at = np.concatenate([position + PAGE * np.arange(end - first) for first, end, position in runs])
-        order = np.argsort(pages, kind="stable")
-        return pages[order], at[order]
+        return runs
 
-    def split(self) -> tuple[dict[int, int], dict[int, Patch]]:
-        """(pages that lie in the ring as they are, pages of which only parts were written)."""
-        if Patch not in set(map(type, self.pages.values())):  # as nearly always
-            return cast("dict[int, int]", self.pages), {}
-        whole, patches = {}, {}
-        for page, entry in self.pages.items():
-            if isinstance(entry, Patch):
-                patches[page] = entry
-            else:
-                whole[page] = entry
-        return whole, patches
+    # For a commit
+
+    def seal(self) -> None:
+        """It is handed to a commit: from here on it can be looked at by two threads, and written to by none."""
+        self._sealed = self._pages, self._late
+
+    def split(self) -> tuple[Numbers, Numbers, dict[int, Patch]]:
+        """(pages that lie in the ring as they are, ascending; their positions; pages of which only parts were written).
+
+        For the commit's thread once this is sealed.
+        """
+        pages, late = self._sealed or (self._pages, self._late)
+        patches: dict[int, Patch] = {}
+        whole = pages
+        if Patch in set(map(type, pages.values())):  # as nearly never
+            whole = {}
+            for page, entry in pages.items():
+                if isinstance(entry, Patch):
+                    patches[page] = entry
+                else:
+                    whole[page] = entry
+        numbers = np.fromiter(whole, np.int64, len(whole))
+        positions = np.fromiter(whole.values(), np.int64, len(whole))
+        if late:
+            more, at = spread(late)
+            if patches:
+                for page in patches.keys() & set(more.tolist()):
+                    del patches[page]
+            numbers, positions = np.concatenate((numbers, more)), np.concatenate((positions, at))
+        order = np.argsort(numbers, kind="stable")
+        numbers, positions = numbers[order], positions[order]
+        newest = np.diff(numbers, append=-1) != 0
+        return numbers[newest], positions[newest], patches
+
+    # Looking
 
     def lookup(self, page: int) -> int | Patch | None:
         """Ring position of the page's bytes, a Patch, ZERO, or None: nothing of it is pending."""

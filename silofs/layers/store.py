@@ -22,7 +22,7 @@ import lmdb
 from silofs.blocks import PAGE
 from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreBroken, StoreError, StoreLocked
 from silofs.layers import catalog, schema
-from silofs.layers.ahead import Ahead, Numbers
+from silofs.layers.ahead import Ahead, Run
 from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import CatalogReader, verify_catalog
 from silofs.layers.cell_changes import free_cells
@@ -224,12 +224,12 @@ class Store:
         """Whether something is being written ahead, or synced."""
         return self._environment.ahead.busy
 
-    def write_ahead(self, ring: memoryview, pages: Numbers, at: Numbers) -> Future[Ahead | None]:
-        """Put whole pages (numbers ascending, and their places in `ring`) on their way to the disk before their commit.
+    def write_ahead(self, ring: memoryview, runs: list[Run]) -> Future[Ahead | None]:
+        """Put whole pages, which lie in `ring`, on their way to the disk before their commit.
 
         Nothing refers to them until a `commit` of a Pending that has the future in its `ahead`.
         """
-        return self._environment.ahead.put(ring, pages, at)
+        return self._environment.ahead.put(ring, runs)
 
     def step(self, policy: Policy) -> Future[Stepped]:
         """One step of a policy, in a transaction of its own."""

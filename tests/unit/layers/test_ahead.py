@@ -35,7 +35,7 @@ def long_write(rig: Rig, uuid: bytes, first: int, count: int, seed: int = 0) -> 
 
 def ahead(rig: Rig, uuid: bytes) -> Future[Ahead | None]:
     pending = rig.pendings[uuid]
-    future = rig.store.write_ahead(memoryview(rig.ring), *pending.take_long())
+    future = rig.store.write_ahead(memoryview(rig.ring), pending.take_long())
     pending.ahead.append(future)
     return future
 
@@ -315,15 +315,11 @@ def test_long_writes_are_taken_in_whole_objects() -> None:
     pending.write(100 * PAGE, 1 << 20, 20 * PAGE, 1)
     pending.write(PAGE, 2 << 20, PAGE, 2)  # a short one
     pending.write(0, 3 << 20, 20 * PAGE, 3)
-    pages, at = pending.take_long()
-    assert pages.tolist() == [*range(11), *range(100, 120)]
-    assert at.tolist() == [*range(3 << 20, (3 << 20) + 11 * PAGE, PAGE), *range(1 << 20, (1 << 20) + 20 * PAGE, PAGE)]
+    assert pending.take_long() == [(100, 120, 1 << 20), (0, 11, 3 << 20)]
     assert pending.long_pages == 9
-    assert not len(pending.take_long()[0])
+    assert pending.take_long() == []
     pending.write(20 * PAGE, 4 << 20, 22 * PAGE, 4)
-    pages, at = pending.take_long()
-    assert pages.tolist() == list(range(11, 42))
-    assert at[0] == (3 << 20) + 11 * PAGE
+    assert pending.take_long() == [(11, 20, (3 << 20) + 11 * PAGE), (20, 42, 4 << 20)]
 
 
 def test_ids_given_out_ahead_are_not_given_out_again(rig: Rig, uuid: bytes) -> None:

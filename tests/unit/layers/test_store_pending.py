@@ -1,11 +1,13 @@
-"""The index over the write log says of every page what was written last, whatever came before."""
+"""The index over the write log says of every page what was written last, whatever came before; to a commit as well."""
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from silofs.blocks import PAGE
+from silofs.layers import pending as pending_module
 from silofs.layers.pending import ZERO, Patch, Pending
 
 PAGES = 6
@@ -14,13 +16,24 @@ BASE = bytes([255]) * PAGE
 WRITE = st.tuples(st.just("write"), st.integers(0, PAGES * PAGE - 1), st.integers(1, 3 * PAGE))
 WHOLE = st.tuples(st.just("whole"), st.integers(0, PAGES - 1), st.integers(1, 3))
 CLEAR = st.tuples(st.just("zero"), st.integers(0, PAGES - 1), st.integers(0, PAGES))
+LOOK = st.tuples(st.just("look"), st.integers(0, PAGES - 1), st.just(0))
 
 
-@settings(max_examples=300)
-@given(st.lists(st.one_of(WRITE, WHOLE, CLEAR), max_size=25))
-def test_against_bytes(operations: list[tuple[str, int, int]]) -> None:
+@pytest.fixture(autouse=True)
+def long_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pages are a long write."""
+    monkeypatch.setattr(pending_module, "LONG_BYTES", 2 * PAGE)
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(WRITE, WHOLE, CLEAR, LOOK), max_size=25), st.booleans())
+def test_against_bytes(operations: list[tuple[str, int, int]], committed: bool) -> None:
     ring, expected, pending = bytearray(), bytearray(BASE * PAGES), Pending(b"u" * 16)
     for lsn, (kind, first, length) in enumerate(operations, 1):
+        if kind == "look":
+            pending.lookup(first)
+            pending.zero(0, 0, lsn)
+            continue
         if kind == "zero":
             end = min(PAGES, first + length)
             pending.zero(first, end, lsn)
@@ -34,8 +47,16 @@ def test_against_bytes(operations: list[tuple[str, int, int]]) -> None:
         ring += data
         expected[offset : offset + size] = data
     view = memoryview(ring)
-    for page in range(PAGES):
-        entry = pending.lookup(page)
+    if committed:
+        pending.seal()
+    entries = [pending.lookup(page) for page in range(PAGES)]
+    # What a commit gets, also when somebody looks meanwhile: the same but for zeros, which it applies first.
+    numbers, positions, patches = pending.split()
+    whole = dict(zip(numbers.tolist(), positions.tolist(), strict=True))
+    assert numbers.tolist() == sorted(whole) and not whole.keys() & patches.keys()
+    seen = {page: entry for page, entry in enumerate(entries) if entry is not None and entry != ZERO}
+    assert {**whole, **patches} == seen
+    for page, entry in enumerate(entries):
         if entry is None:
             found = BASE
         elif isinstance(entry, Patch):
@@ -65,3 +86,17 @@ def test_a_page_is_complete_without_its_base_once_covered() -> None:
     pending.zero(0, 1, 3)
     pending.write(10, 0, 10, 4)
     assert pending.pages[0].base == ZERO  # type: ignore[union-attr]
+
+
+def test_a_commit_gets_long_writes_as_they_came_whoever_looks_meanwhile() -> None:
+    pending = Pending(b"u" * 16)
+    pending.write(0, 0, 10, 1)
+    pending.write(PAGE, 1 << 20, 4 * PAGE, 2)
+    pending.seal()
+    given = pending._sealed
+    assert pending.lookup(2) == (1 << 20) + PAGE and pending.pages is not given
+    assert pending._sealed == given and given is not None and len(given[0]) == 1
+    numbers, positions, patches = pending.split()
+    assert numbers.tolist() == [1, 2, 3, 4] and positions[0] == 1 << 20 and list(patches) == [0]
+    with pytest.raises(AssertionError):
+        pending.write(0, 0, PAGE, 3)
