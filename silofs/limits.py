@@ -91,6 +91,9 @@ FUSE_POLL_BURST = 64  # requests served in a row before the loop gets a real che
 FUSE_BURST_NS = 2_000_000  # ... or for so long
 FUSE_SPIN_NS = 50_000  # the next request is asked for again and again for so long before it is waited for ...
 FUSE_SPIN_REST = 16  # ... but not at so many waits after one at which that was for nothing
+ALONE_FLUSHES = 16  # in a row of one client, and nobody else's request, before its fsyncs are written in place
+IN_PLACE_NS = 1_000_000  # that may take, as far as is known beforehand ...
+IN_PLACE_REST = 100  # ... and so many more flushes in a row after one that took longer
 REQUEST_BYTES_MAX = 1 * MIB
 FUSE_MAX_BACKGROUND = 4096  # asynchronous requests in flight in the kernel; with libfuse's 12 one volume stalls all
 

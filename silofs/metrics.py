@@ -211,6 +211,7 @@ TABLE: Final = (
     _counter("store_commit_failures", "Commits that failed, and were tried again.", _one("engine.commits.failures")),
     _gauge("journal_present", "Whether an fsync need not be a commit.", _journal),
     _counter("journal_syncs", "Writes to the journal, each with its sync.", _one("engine.commits.journal.syncs")),
+    _counter("journal_syncs_in_place", "Those while their client was alone.", _one("engine.commits.journal.in_place")),
     _counter("journal_written_bytes", "Bytes that went to the journal.", _one("engine.commits.journal.bytes")),
     _counter("journal_failures", "Journals that could not be written to.", _one("engine.commits.journal.failures")),
     _counter("background_steps", "Steps of background work that changed something.", _policy("steps")),

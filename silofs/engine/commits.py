@@ -236,7 +236,7 @@ class Commits:
         if self.failed is not None or volume.damage is not None:
             return False
         if volume.durable_lsn < target and journal.durable_lsn <= target and journal.takes():
-            journal.sync_now()
+            journal.sync_now(volume.served)
         return volume.durable_lsn >= target or journal.durable_lsn > target
 
     async def flush(self, volume: VolumeState) -> None:

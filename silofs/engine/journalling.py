@@ -14,10 +14,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter_ns
 from typing import NamedTuple
 
 import trio
 
+from silofs.engine.alone import Alone
+from silofs.engine.served import Served
 from silofs.engine.threads import Threads
 from silofs.layers.journal import DIRECTORY, Journal, Parts, remove_others
 from silofs.layers.log import WriteLog
@@ -47,6 +50,7 @@ class Journalling:
         self._log = write_log
         self._threads = threads
         self._kick = kick
+        self._alone = Alone(threads.bell)
         self._file: Journal | None = None
         self._changed = trio.Event()  # it was retired, or another one named
         self._landing: trio.Event | None = None  # of the write in flight
@@ -55,6 +59,7 @@ class Journalling:
         self.durable_lsn = 0  # records below are durable
         self.absent = "it is not made yet"  # why there is none; empty while there is
         self.syncs = 0
+        self.in_place = 0  # of them
         self.written = 0  # bytes
         self.failures = 0
 
@@ -141,14 +146,27 @@ class Journalling:
             and span(self._end, self._log.mark(), self._log.size) <= JOURNAL_BYTES
         )
 
-    def sync_now(self) -> None:
-        """As `sync`, for a client that is alone: if no other request comes, wait in place for the write.
+    def sync_now(self, served: Served) -> None:
+        """As `sync`, without a turn of the loop: two of them cost more than half of what the disk takes.
 
-        Two turns of the event loop cost more than half of what the disk takes.
+        In place for a client that is alone (alone.py). By the thread for others, and waited for as long as no other
+        request comes. served: what the volume was served that is flushed.
         """
-        if self._landing is None:
+        if self._landing is not None:
+            return
+        if not self._alone.flushes(served):
             self._begin()
             self._threads.bell.wait()
+            return
+        file, parts, end = self._next()
+        begun, error = perf_counter_ns(), None
+        try:
+            _write(file, parts)
+        except Exception as failure:
+            error = failure
+        self._alone.took(perf_counter_ns() - begun)
+        self.in_place += 1
+        self._ended(end, error)
 
     async def sync(self) -> None:
         """Let one write land: the one in flight, or one of everything that the log has now.
@@ -160,19 +178,27 @@ class Journalling:
         if self._landing is not None:
             await self._landing.wait()
 
-    def _begin(self) -> None:
-        """Start a write."""
+    def _next(self) -> tuple[Journal, Parts, Mark]:
+        """A write of what the log has and the journal has not, to what file; and where it ends."""
         file, end = self._file, self._log.mark()
         assert file is not None, "takes() was asked"
-        parts = file.stretch(self._log.ring, self._end, end)
-        self._landing = trio.Event()
         self.syncs += 1
-        self._threads.start(partial(_write, file, parts), partial(self._ended, end))
+        return file, file.stretch(self._log.ring, self._end, end), end
+
+    def _begin(self) -> None:
+        """Let the thread do one."""
+        file, parts, end = self._next()
+        landing = self._landing = trio.Event()
+
+        def ended(error: BaseException | None) -> None:
+            self._landing = None
+            self._ended(end, error)
+            landing.set()
+
+        self._threads.start(partial(_write, file, parts), ended)
 
     def _ended(self, end: Mark, error: BaseException | None) -> None:
-        """The write in flight has ended."""
-        landing, self._landing = self._landing, None
-        assert landing is not None
+        """A write up to `end` has ended."""
         if error is not None:
             log.error("a write to the journal failed, and it is given up: %r", error)
             self._file = None
@@ -184,7 +210,6 @@ class Journalling:
             self.written += span(self._end, end, self._log.size)
             self._end = end
             self._is_durable(end.lsn)
-        landing.set()
 
     def close(self) -> None:
         """After `run` and every `sync` have ended, and the thread."""
@@ -195,6 +220,7 @@ class Journalling:
     def statistics(self) -> dict[str, object]:
         return {
             "syncs": self.syncs,
+            "in_place": self.in_place,
             "bytes": self.written,
             "failures": self.failures,
             "absent": self.absent or None,

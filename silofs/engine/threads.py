@@ -24,13 +24,15 @@ class Bell:
     """By which a thread calls the loop, sooner than by trio's own way: whoever polls for requests can poll `fd` too.
 
     `expected`: how many jobs are under way, so whether it is worth polling. `wait`: set by who polls; it waits a moment
-    for the bell and for requests, answers the first, and says whether it rang before a request came.
+    for the bell and for requests, answers the first, and says whether it rang before a request came. `requests`: how
+    many have come so far, as counted by who polls.
     """
 
     def __init__(self) -> None:
         self.wait: Callable[[], bool] = lambda: False
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.expected = 0
+        self.requests = 0
         self._ended: deque[tuple[Then, BaseException | None]] = deque()
 
     def ring(self, then: Then, error: BaseException | None) -> None:

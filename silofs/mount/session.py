@@ -202,17 +202,20 @@ class _Polled:
         going_on = taken < limits.FUSE_POLL_BURST and now < self._until
         if going_on and (self._poll(0) or self._spin()):
             self._taken = taken
+            self._bell.requests += 1
             return True
         # Also after a burst: the sleep may be long, and somebody waits to hear that there is none.
         if self._seen is not None and self._seen(self._taken, going_on or not self._poll(0)):
             self._seen = None
         self._taken = 0
         if self._bell.expected and await self._wait_both():
+            self._bell.requests += 1
             return True
         while await self._own():
             if self._draining():
                 return False
             if self._poll(0):
+                self._bell.requests += 1
                 return True
         return False
 

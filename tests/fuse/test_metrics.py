@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from silofs.limits import ALONE_FLUSHES, IN_PLACE_REST
 from tests.exposition import Family, described, fallen, golden, parse
 from tests.fuse.calls import KEEP_SIZE, PUNCH_HOLE, fallocate
 from tests.harness import Mount, until
@@ -81,6 +82,33 @@ def test_what_was_done_is_counted(mount: Mount) -> None:
     assert found["silofs_volume_size_bytes"].value(volume="idle") == 1 << 20
     assert found["silofs_volume_role"].value(volume="idle", role="owner") == 1
     assert found["silofs_journal_syncs_total"].value() + found["silofs_store_commits_total"].value() > 0
+
+
+def test_fsyncs_are_written_in_place_for_one_client_and_not_for_two(fresh: Mount) -> None:
+    for name in ("one", "two"):
+        fresh.silofs("create", name, "--size", "1M")
+    until(lambda: scrape(fresh)["silofs_journal_present"].value() == 1, "there is a journal")
+
+    def in_place() -> int:
+        return int(scrape(fresh)["silofs_journal_syncs_in_place_total"].value())
+
+    def synced(fd: int) -> None:
+        os.pwrite(fd, os.urandom(PAGE), 0)
+        os.fdatasync(fd)
+
+    with opened(fresh.image("one")) as one, opened(fresh.image("two")) as two:
+        for _ in range(3 * ALONE_FLUSHES):
+            synced(one)
+            assert len(os.pread(two, PAGE, 0)) == PAGE
+        assert in_place() == 0
+
+        def alone() -> bool:  # a slow disk is tried now and then
+            for _ in range(IN_PLACE_REST):
+                synced(one)
+            return in_place() > 0
+
+        until(alone, "one is alone")
+        assert os.pread(one, PAGE, 0) != bytes(PAGE)
 
 
 def test_the_total_has_snapshots_and_what_is_gone(mount: Mount) -> None:

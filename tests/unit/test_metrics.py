@@ -52,7 +52,10 @@ def figures() -> dict[str, Any]:
             "served": served,
             "reads": {"waited": 2},
             "writes": {"waited": 1},
-            "commits": {"failures": 0, "journal": {"syncs": 2, "bytes": 8192, "failures": 0, "absent": None}},
+            "commits": {
+                "failures": 0,
+                "journal": {"syncs": 2, "in_place": 1, "bytes": 8192, "failures": 0, "absent": None},
+            },
             "background": {"clean": clean, "reap": policy},
             "log": {"size": 1 << 20, "used": 4096, "appended": 3},
         },

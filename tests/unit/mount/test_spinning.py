@@ -117,6 +117,12 @@ async def test_after_a_long_request_it_is_told_whether_there_was_another(waiter:
     assert waiter.told == [(1, not another)]
 
 
+async def test_every_request_is_counted(waiter: Waiter) -> None:
+    for number in range(2 * limits.FUSE_SPIN_REST):
+        await waiter.request(after_looks=number % 2 and 2)
+    assert waiter.bell.requests == 2 * limits.FUSE_SPIN_REST
+
+
 async def test_one_that_was_for_nothing_is_not_repeated_soon(waiter: Waiter) -> None:
     for _ in range(limits.FUSE_SPIN_REST):
         await waiter.request()
