@@ -71,8 +71,14 @@ class Background:
             allowed = not self._store.broken and self._commits.failed is None and self._quiet()
             if allowed and (not self._commits.busy or turn.policy.hurry()):
                 return True
+            if any(other is not turn and self._hurries(other) for other in self.turns):
+                return False  # and it would wait as long as this one does
             with trio.move_on_after(PEEK_S):
                 await self._commits.landed.wait()
+
+    @staticmethod
+    def _hurries(turn: Turn) -> bool:
+        return trio.current_time() >= turn.not_before and turn.policy.hurry() > 0
 
     async def _step(self, turn: Turn) -> bool:
         """One step, and a pause in proportion; whether there is more to do."""

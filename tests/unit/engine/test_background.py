@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from silofs.engine.background import Background
+from silofs.engine.commits import Commits
 from silofs.layers.native import Source
 from silofs.layers.rewrite import Budget, Policy, rewrite
 from silofs.limits import COMMIT_BYTES, LOG_BYTES, MIB
@@ -101,6 +102,51 @@ async def test_a_commit_that_will_soon_be_due_goes_first(tmp_path: Path) -> None
         assert not commits.busy
         commits.kick()
         assert commits.busy
+
+
+class Hurried(Moving):
+    name = "hurried"
+
+    def hurry(self) -> float:
+        return 1
+
+
+async def test_a_policy_in_a_hurry_does_not_wait_behind_one_that_is_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits that never pause keep the others away, and must not keep it away through them."""
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        await engine.flush(volume)
+        monkeypatch.setattr(Commits, "busy", True)
+        calm, hurried = Moving(volume.head), Hurried(volume.head)
+        background = Background(rig.store, engine.commits, lambda: True, [calm, hurried])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background.run)
+            with trio.fail_after(5):
+                while hurried.steps < 3:
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        assert not calm.steps
+
+
+async def test_a_policy_in_a_hurry_that_fails_keeps_nobody_away(rig: Rig) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await write(engine, volume, 0, page(1))
+        await engine.flush(volume)
+        calm, failing = Moving(volume.head), Failing()
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch:
+            patch.setattr(failing, "hurry", lambda: 1.0)
+            background = Background(rig.store, engine.commits, lambda: True, [calm, failing])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(background.run)
+                with trio.fail_after(5):
+                    while calm.steps < 5 or not background.turns[1].failures:
+                        await trio.sleep(0.001)
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_policy_that_fails_is_left_alone_for_a_while(rig: Rig) -> None:
