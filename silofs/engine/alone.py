@@ -2,8 +2,8 @@
 
 To hand a write to a thread and to be woken by it takes 20 to 45 us, a tenth of an fsync of 4 KiB. To write on the event
 loop itself saves that, and nothing else is served meanwhile. So it is for who has nobody to keep waiting: all requests
-that came since its last flushes were its own. Whoever comes then waits for one write at most, which has taken less than
-IN_PLACE_NS for a while, and ends the streak (docs/decisions/journal.md).
+that came since its last flushes were its own. Whoever comes then waits for one small write, and ends the streak. Those
+before it took less than IN_PLACE_NS; how long that one takes nobody knows (docs/decisions/journal.md).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from silofs.layers.journal import DIRECTORY, Journal, Parts, remove_others
 from silofs.layers.log import WriteLog
 from silofs.layers.records import Mark, span
 from silofs.layers.store import Store
-from silofs.limits import JOURNAL_BYTES, JOURNAL_RETRY_S
+from silofs.limits import IN_PLACE_BYTES, JOURNAL_BYTES, JOURNAL_RETRY_S
 
 log = logging.getLogger(__name__)
 
@@ -149,21 +149,25 @@ class Journalling:
     def sync_now(self, served: Served) -> None:
         """As `sync`, without a turn of the loop: two of them cost more than half of what the disk takes.
 
-        In place for a client that is alone (alone.py). By the thread for others, and waited for as long as no other
-        request comes. served: what the volume was served that is flushed.
+        A small one in place for a client that is alone (alone.py). By the thread for others, and waited for as long as
+        no other request comes. served: what the volume was served that is flushed.
         """
         if self._landing is not None:
             return
-        if not self._alone.flushes(served):
+        small = span(self._end, self._log.mark(), self._log.size) <= IN_PLACE_BYTES
+        if not self._alone.flushes(served) or not small:
             self._begin()
             self._threads.bell.wait()
             return
         file, parts, end = self._next()
         begun, error = perf_counter_ns(), None
+        self._threads.in_place = True
         try:
             _write(file, parts)
         except Exception as failure:
             error = failure
+        finally:
+            self._threads.in_place = False
         self._alone.took(perf_counter_ns() - begun)
         self.in_place += 1
         self._ended(end, error)

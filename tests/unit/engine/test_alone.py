@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,12 @@ from trio.testing import MockClock
 
 from silofs.blocks import PAGE
 from silofs.engine import VolumeState, journalling
+from silofs.engine import threads as threads_module
 from silofs.engine.alone import Alone
 from silofs.engine.served import Served
-from silofs.engine.threads import Bell
+from silofs.engine.threads import Bell, Threads
 from silofs.layers import journal as journal_module
-from silofs.limits import ALONE_FLUSHES, IN_PLACE_NS, IN_PLACE_REST
+from silofs.limits import ALONE_FLUSHES, IN_PLACE_BYTES, IN_PLACE_NS, IN_PLACE_REST
 
 from .rig import Rig, page, read, write
 from .test_journalling import failing, patience, settled  # noqa: F401
@@ -139,6 +141,36 @@ async def test_a_failure_in_place_is_a_commit(
     rig.cut_power()
     async with rig.running() as engine:
         assert await read(engine, engine.open_volume(volume.uuid), PAGE, PAGE) == page(2)
+
+
+async def test_what_is_large_is_the_threads(rig: Rig, autojump_clock: MockClock) -> None:
+    async with rig.running() as engine:
+        volume = await rig.volume()
+        await settled(rig)
+        while not await fsync(rig, volume, 0, 1):
+            pass
+        before = engine.commits.journal.in_place
+        await write(engine, volume, 0, page(2) * (IN_PLACE_BYTES // PAGE))
+        rig.threads.bell.requests += 1
+        volume.served.writes += 1
+        assert not await fsync(rig, volume, 40, 3)
+        assert engine.commits.journal.in_place == before
+        assert await fsync(rig, volume, 40, 4)
+
+
+def test_somebody_is_told_while_the_loop_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the holder would kill the daemon."""
+    monkeypatch.setattr(threads_module, "PING_DAEMON_S", 0.01)
+    threads, told, done = Threads(), threading.Event(), threading.Event()
+    threads.tell = told.set
+    threads.start(done.set, lambda error: None)
+    try:
+        assert done.wait(10)
+        assert not told.wait(0.1)
+        threads.in_place = True
+        assert told.wait(10)
+    finally:
+        threads.close()
 
 
 async def test_after_a_slow_one_the_thread_does_it(
