@@ -131,22 +131,20 @@ async def test_a_policy_in_a_hurry_does_not_wait_behind_one_that_is_not(
         assert not calm.steps
 
 
-async def test_a_policy_in_a_hurry_that_fails_keeps_nobody_away(rig: Rig) -> None:
+async def test_a_policy_in_a_hurry_that_fails_keeps_nobody_away(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig.running() as engine:
         volume = await rig.volume()
         await write(engine, volume, 0, page(1))
         await engine.flush(volume)
         calm, failing = Moving(volume.head), Failing()
-        monkey = pytest.MonkeyPatch()
-        with monkey.context() as patch:
-            patch.setattr(failing, "hurry", lambda: 1.0)
-            background = Background(rig.store, engine.commits, lambda: True, [calm, failing])
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(background.run)
-                with trio.fail_after(5):
-                    while calm.steps < 5 or not background.turns[1].failures:
-                        await trio.sleep(0.001)
-                nursery.cancel_scope.cancel()
+        monkeypatch.setattr(failing, "hurry", lambda: 1.0)
+        background = Background(rig.store, engine.commits, lambda: True, [calm, failing])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background.run)
+            with trio.fail_after(5):
+                while calm.steps < 5 or not background.turns[1].failures:
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_policy_that_fails_is_left_alone_for_a_while(rig: Rig) -> None:
