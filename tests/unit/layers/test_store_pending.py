@@ -93,9 +93,10 @@ def test_a_commit_gets_long_writes_as_they_came_whoever_looks_meanwhile() -> Non
     pending.write(0, 0, 10, 1)
     pending.write(PAGE, 1 << 20, 4 * PAGE, 2)
     pending.seal()
-    given = pending._sealed
-    assert pending.lookup(2) == (1 << 20) + PAGE and pending.pages is not given
-    assert pending._sealed == given and given is not None and len(given[0]) == 1
+    assert pending._sealed is not None
+    pages, late = pending._sealed
+    assert pending.lookup(2) == (1 << 20) + PAGE and len(pending.pages) == 5
+    assert list(pages) == [0] and len(late) == 1  # what another thread is going through
     numbers, positions, patches = pending.split()
     assert numbers.tolist() == [1, 2, 3, 4] and positions[0] == 1 << 20 and list(patches) == [0]
     with pytest.raises(AssertionError):
