@@ -230,8 +230,6 @@ class Daemon:
             can_resend = "resend" in self._capabilities
             engine = self._engine
             crowd, bell = engine.writes, engine.bell
-            # A disk that answers nobody is no reason to kill the daemon, whoever it is that waits for it.
-            engine.while_it_waits(lambda: self._holder.send("pong"))
             self._session.attach(fuse, can_resend=can_resend, seen=requests.seen, bell=bell, crowd=crowd)
             self._state = "serving"
             self._holder.send("serving", format=schema.FORMAT_VERSION)  # a store of an earlier one was brought up to it

@@ -78,10 +78,6 @@ class Engine:
         self.write_now = self.writes.write_now
         self.flush_now = self.commits.flush_now
 
-    def while_it_waits(self, tell: Callable[[], object]) -> None:
-        """`tell` is called now and then, on another thread, while the event loop itself waits for the disk."""
-        self._threads.tell = tell
-
     def recover(self) -> Recovered:
         """Replay what a dead daemon left in the log. Before anything else; raises what a commit raises."""
         assert not self._volumes, "recovery comes first"

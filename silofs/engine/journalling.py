@@ -161,13 +161,10 @@ class Journalling:
             return
         file, parts, end = self._next()
         begun, error = perf_counter_ns(), None
-        self._threads.in_place = True
         try:
             _write(file, parts)
         except Exception as failure:
             error = failure
-        finally:
-            self._threads.in_place = False
         self._alone.took(perf_counter_ns() - begun)
         self.in_place += 1
         self._ended(end, error)

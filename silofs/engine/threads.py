@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import trio
 
-from silofs.limits import PING_DAEMON_S, READ_THREADS
+from silofs.limits import READ_THREADS
 
 T = TypeVar("T")
 
@@ -69,8 +69,6 @@ class Threads:
         self.bell = Bell()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Then] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.in_place = False  # the loop itself waits for the disk
-        self.tell: Callable[[], object] = lambda: None  # called on another thread while it does
 
     async def run(self, job: Callable[[], T]) -> T:
         """The job's result, from a thread. A cancellation waits for the job: it may hold a transaction."""
@@ -101,15 +99,7 @@ class Threads:
         self._jobs.put((job, then))
 
     def _work(self) -> None:
-        while True:
-            try:
-                item = self._jobs.get(timeout=PING_DAEMON_S)
-            except queue.Empty:
-                if self.in_place:
-                    self.tell()
-                continue
-            if item is None:
-                return
+        while (item := self._jobs.get()) is not None:
             job, then = item
             try:
                 job()

@@ -11,11 +11,14 @@ import time
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from silofs.errors import SiloError, error_of
 from silofs.mount import kernel
 from silofs.mount.channel import Channel, Message
+
+HELD_UP: Final = ("T", "t", "D")
+"""States of a thread, proc_pid_stat(5): stopped, traced by a debugger, in a sleep of the kernel that nothing ends."""
 
 
 class Stage(Enum):
@@ -84,13 +87,17 @@ class Child:
             found.append(message)
 
     @property
-    def stopped(self) -> bool:
-        """Somebody holds it with SIGSTOP or a debugger: silence is then no sign of a fault."""
+    def held_up(self) -> bool:
+        """Whether its silence is no sign of a fault: somebody stopped it, or one of its threads waits for a disk.
+
+        Any of them, since it may hold Python's lock meanwhile (LMDB writes to a mapped file when a snapshot is taken).
+        Nothing would be gained by killing it: the kernel lets it go only when the disk has answered.
+        """
         try:
-            status = Path(f"/proc/{self.pid}/stat").read_text()
+            threads = [*Path(f"/proc/{self.pid}/task").iterdir()]
         except OSError:
             return False
-        return status.rpartition(")")[2].split()[0] in ("T", "t")
+        return any(_state(thread) in HELD_UP for thread in threads)
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -117,3 +124,12 @@ class Child:
         if refusal is None:
             return SiloError(f"the daemon {ending}", hint="silofs.log in the store says more")
         return error_of(str(refusal["code"]))(str(refusal["message"]), hint=str(refusal["hint"] or ""))
+
+
+def _state(thread: Path) -> str:
+    """The state of a thread, one letter; empty when it has ended."""
+    try:
+        status = (thread / "stat").read_text()
+    except OSError:
+        return ""
+    return status.rpartition(")")[2].split()[0]

@@ -391,8 +391,9 @@ class Holder:
                 self._ping(current, now)
                 self._rotate()
         elif now >= current.changed_at + _patience(current):
-            self._note(f"daemon {current.pid} is stuck while {current.stage.value}")
-            current.kill()
+            if not current.held_up:
+                self._note(f"daemon {current.pid} is stuck while {current.stage.value}")
+                current.kill()
             current.enter(current.stage, now)
         for spare in [spare for spare in self._spares if spare.stage is Stage.BOOTING]:
             if now >= spare.changed_at + limits.START_S:
@@ -401,7 +402,7 @@ class Holder:
     def _ping(self, current: Child, now: float) -> None:
         self._ping_at = now + limits.PING_DAEMON_S
         if now - current.pong_at > limits.PONG_DAEMON_S:
-            if current.stopped:
+            if current.held_up:
                 current.pong_at = now
                 return
             self._note(f"daemon {current.pid} gave no sign of life for {limits.PONG_DAEMON_S:.0f} s")

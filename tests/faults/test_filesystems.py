@@ -6,10 +6,16 @@ import errno
 import os
 import random
 import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.fuse import hasty_holder
 from tests.fuse.mounts import Mount, wait
 from tests.smallfs import fill, make_room, small
 
@@ -114,3 +120,57 @@ def test_a_disk_that_its_volumes_fill(kind: str, tmp_path: Path) -> None:
                 assert os.pread(fd, MIB, at) == block(at, seed)
             os.close(fd)
         assert mount.silofs("check", "--read-data").returncode == 0
+
+
+def test_a_frozen_file_system_is_waited_for(tmp_path: Path) -> None:
+    """As a backup of the host freezes it: nobody is killed for waiting, however long it takes, and nothing is lost."""
+    with small("ext4", 640, tmp_path) as disk, ExitStack() as stack:
+        store = tmp_path / "a-store"
+        store.symlink_to(disk / "store")
+        (disk / "store").mkdir(mode=0o700)
+        odd = Mount(tmp_path, daemon="tests.fuse.odd_daemon", holder="tests.fuse.hasty_holder")
+        mount = stack.enter_context(odd)
+        image = mount.create("vm1", 64 * MIB)
+        daemon = mount.status()["daemon_pid"]
+        done, stop = [0], threading.Event()
+
+        def client() -> None:
+            with image.open("r+b", buffering=0) as file:
+                while not stop.is_set():
+                    os.pwrite(file.fileno(), block(done[0], 5)[:4096], done[0] % 1024 * 4096)
+                    os.fdatasync(file.fileno())
+                    done[0] += 1
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(stop.set)
+        wait(lambda: done[0] > 20, "it writes")
+        (store / "touched").touch()  # from now on the daemon's loop itself waits for the disk
+        with frozen(disk):
+            wait(lambda: waits_for_the_disk(daemon), "the daemon waits")
+            before, until = done[0], time.monotonic() + 2 * hasty_holder.limits.PONG_DAEMON_S
+            wait(lambda: time.monotonic() > until, "the holder has no more patience")
+            assert done[0] <= before + 1
+        (store / "touched").unlink()
+        wait(lambda: done[0] > before + 20, "it goes on")
+        stop.set()
+        thread.join()
+        about = mount.ask("status")
+        assert (about["deaths"], about["daemon_pid"]) == (0, daemon)
+        with image.open("rb") as file:
+            for number in range(max(0, done[0] - 1000), done[0]):
+                assert os.pread(file.fileno(), 4096, number % 1024 * 4096) == block(number, 5)[:4096]
+
+
+@contextmanager
+def frozen(disk: Path) -> Iterator[None]:
+    subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(disk)], check=True)
+
+
+def waits_for_the_disk(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"

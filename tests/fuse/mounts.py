@@ -26,6 +26,7 @@ from silofs.mount import kernel, launcher
 
 T = TypeVar("T")
 DEADLINE_S = 20.0
+HOLDER = "silofs.mount.holder"
 
 
 def why_not() -> str | None:
@@ -59,11 +60,12 @@ class Mount:
         options: str = "",
         listen: str | None = None,
         daemon: str = "silofs.daemon",
+        holder: str = HOLDER,
         env: dict[str, str] | None = None,
     ) -> None:
         self.store = base / f"{name}-store"
         self.path = base / f"{name}-mount"
-        self._options, self._listen, self._daemon = options, listen, daemon
+        self._options, self._listen, self._daemon, self._holder = options, listen, daemon, holder
         self._env = env or {}
         self.holder_pid = 0
         self._daemons: set[int] = set()
@@ -81,6 +83,9 @@ class Mount:
         command = launcher.command(
             self.store, self.path, options=self._options, listen=self._listen, daemon=self._daemon
         )
+        if self._holder != HOLDER:
+            at = command.index("-m")
+            command[at : at + 2] = ["-X", HOLDER, "-m", self._holder]  # by that name it is known to commands
         # Compiled modules halve the start of a daemon, also where the environment says not to keep them.
         environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "", **self._env}
         with _environment(environment):

@@ -1,7 +1,7 @@
 """The daemon, with faults that a test switches on by making a file in the store: `die`, `refuse`, `dialect`, `plain`
-(without the C extension; `equipped`: with it), `withdrawn` (once), `no-copies` (writes that pyfuse3 copies fail), and
-`refuse-new`, `old-log` (a program that knows version 1 of the write log only) and `old-format` (one that knows version
-2 of the store), which those have seen that started after they were made."""
+(without the C extension; `equipped`: with it), `withdrawn` (once), `touched`, `no-copies` (writes that pyfuse3 copies
+fail), and `refuse-new`, `old-log` (a program that knows version 1 of the write log only) and `old-format` (one that
+knows version 2 of the store), which those have seen that started after they were made."""
 
 from __future__ import annotations
 
@@ -44,11 +44,16 @@ class PickyStore(Store):
 
 
 class HastyWait(session._Polled):
-    """Says once that there is a request when there is none: as if its sender had been killed at that moment."""
+    """Says once that there is a request when there is none, as if its sender had been killed at that moment; and writes
+
+    to the disk at each request while there is `touched`, so that the loop waits when the disk lets nobody write.
+    """
 
     __slots__ = ()
 
     async def wait(self) -> bool:
+        if (STORE / "touched").exists():
+            (STORE / "touched").touch()
         if (STORE / "withdrawn").exists() and not self._poll(0):
             (STORE / "withdrawn").unlink()
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,9 @@ from trio.testing import MockClock
 
 from silofs.blocks import PAGE
 from silofs.engine import VolumeState, journalling
-from silofs.engine import threads as threads_module
 from silofs.engine.alone import Alone
 from silofs.engine.served import Served
-from silofs.engine.threads import Bell, Threads
+from silofs.engine.threads import Bell
 from silofs.layers import journal as journal_module
 from silofs.limits import ALONE_FLUSHES, IN_PLACE_BYTES, IN_PLACE_NS, IN_PLACE_REST
 
@@ -156,21 +154,6 @@ async def test_what_is_large_is_the_threads(rig: Rig, autojump_clock: MockClock)
         assert not await fsync(rig, volume, 40, 3)
         assert engine.commits.journal.in_place == before
         assert await fsync(rig, volume, 40, 4)
-
-
-def test_somebody_is_told_while_the_loop_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the holder would kill the daemon."""
-    monkeypatch.setattr(threads_module, "PING_DAEMON_S", 0.01)
-    threads, told, done = Threads(), threading.Event(), threading.Event()
-    threads.tell = told.set
-    threads.start(done.set, lambda error: None)
-    try:
-        assert done.wait(10)
-        assert not told.wait(0.1)
-        threads.in_place = True
-        assert told.wait(10)
-    finally:
-        threads.close()
 
 
 async def test_after_a_slow_one_the_thread_does_it(

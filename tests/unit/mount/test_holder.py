@@ -27,14 +27,14 @@ class Sent:
 
 
 class FakeChild:
-    def __init__(self, *, stopped: bool = False) -> None:
+    def __init__(self, *, held_up: bool = False) -> None:
         self.pid = 1
         self.channel = Sent()
         self.stage = Stage.SERVING
         self.started_at = 0.0
         self.changed_at = 0.0
         self.pong_at = 0.0
-        self.stopped = stopped
+        self.held_up = held_up
         self.killed = 0
 
     def kill(self) -> None:
@@ -74,13 +74,26 @@ def test_a_silent_daemon_is_killed_once(holder: Holder) -> None:
     assert child.killed == 1
 
 
-def test_a_daemon_that_somebody_stopped_is_left_alone(holder: Holder) -> None:
-    child = FakeChild(stopped=True)
+def test_a_daemon_that_is_held_up_is_left_alone(holder: Holder) -> None:
+    child = FakeChild(held_up=True)
     ping(holder, child, limits.PONG_DAEMON_S + 1)
     assert not child.killed
-    child.stopped = False
+    child.held_up = False
     ping(holder, child, limits.PONG_DAEMON_S + 2)
     assert not child.killed, "it gets the whole time again once it goes on"
+
+
+def test_a_start_that_takes_too_long_is_ended_unless_the_daemon_is_held_up(holder: Holder) -> None:
+    child = FakeChild(held_up=True)
+    child.stage = Stage.OPENING
+    holder._current, holder._over = child, None  # type: ignore[assignment]
+    holder._timers(limits.START_S + 1)
+    assert not child.killed
+    child.held_up = False
+    holder._timers(limits.START_S + 2)
+    assert not child.killed, "it gets the whole time again"
+    holder._timers(2 * limits.START_S + 2)
+    assert child.killed == 1
 
 
 def test_a_restart_drains_the_old_daemon_only_when_the_new_one_is_warm(
