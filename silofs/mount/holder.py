@@ -197,7 +197,7 @@ class Holder:
                 self._serve(child)
         elif op == "serving" and child is self._current:
             child.enter(Stage.SERVING, now)
-            child.pong_at = now
+            child.asked_at = None
             self._format, self._unusable = int(message.fields.get("format", 0)), ""
             self._generations += 1
             self._refused = self._refusal_before(child)
@@ -216,7 +216,7 @@ class Holder:
         elif op == "failed":
             child.refusal = {key: message.fields.get(key) for key in ("code", "message", "hint", "exit")}
         elif op == "pong":
-            child.pong_at = now
+            child.asked_at = None
         elif op == "bye":
             child.clean = bool(message.fields.get("clean"))
             child.enter(Stage.LEAVING, now)
@@ -401,13 +401,14 @@ class Holder:
 
     def _ping(self, current: Child, now: float) -> None:
         self._ping_at = now + limits.PING_DAEMON_S
-        if now - current.pong_at > limits.PONG_DAEMON_S:
+        if current.asked_at is None:
+            current.asked_at = now  # not since its last answer: this process may have been held up itself
+        elif now - current.asked_at > limits.PONG_DAEMON_S:
+            current.asked_at = now
             if current.held_up:
-                current.pong_at = now
                 return
             self._note(f"daemon {current.pid} gave no sign of life for {limits.PONG_DAEMON_S:.0f} s")
             current.kill()
-            current.pong_at = now
         current.channel.send("ping", n=int(now * 1000))
 
     # What others see

@@ -33,7 +33,7 @@ class FakeChild:
         self.stage = Stage.SERVING
         self.started_at = 0.0
         self.changed_at = 0.0
-        self.pong_at = 0.0
+        self.asked_at: float | None = None
         self.held_up = held_up
         self.killed = 0
 
@@ -59,28 +59,41 @@ def ping(holder: Holder, child: FakeChild, now: float) -> None:
 def test_a_daemon_that_answers_lives(holder: Holder) -> None:
     child = FakeChild()
     for now in range(100):
-        child.pong_at = float(now)
-        ping(holder, child, float(now) + limits.PONG_DAEMON_S)
+        child.asked_at = None
+        ping(holder, child, now * limits.PONG_DAEMON_S)
     assert not child.killed
     assert [op for op, _ in child.channel.messages] == ["ping"] * 100
 
 
 def test_a_silent_daemon_is_killed_once(holder: Holder) -> None:
     child = FakeChild()
-    ping(holder, child, limits.PONG_DAEMON_S - 1)
+    ping(holder, child, 100.0)
+    ping(holder, child, 100.0 + limits.PONG_DAEMON_S - 1)
     assert not child.killed
-    ping(holder, child, limits.PONG_DAEMON_S + 1)
-    ping(holder, child, limits.PONG_DAEMON_S + 2)
+    ping(holder, child, 100.0 + limits.PONG_DAEMON_S + 1)
+    ping(holder, child, 100.0 + limits.PONG_DAEMON_S + 2)
     assert child.killed == 1
+
+
+def test_a_daemon_is_not_silent_while_nobody_asks_it(holder: Holder) -> None:
+    """The holder itself may be stopped, or wait for the disk to write its log."""
+    child = FakeChild()
+    ping(holder, child, 0.0)
+    child.asked_at = None  # answered
+    ping(holder, child, 10 * limits.PONG_DAEMON_S)
+    assert not child.killed
 
 
 def test_a_daemon_that_is_held_up_is_left_alone(holder: Holder) -> None:
     child = FakeChild(held_up=True)
+    ping(holder, child, 0.0)
     ping(holder, child, limits.PONG_DAEMON_S + 1)
     assert not child.killed
     child.held_up = False
     ping(holder, child, limits.PONG_DAEMON_S + 2)
     assert not child.killed, "it gets the whole time again once it goes on"
+    ping(holder, child, 2 * limits.PONG_DAEMON_S + 2)
+    assert child.killed == 1
 
 
 def test_a_start_that_takes_too_long_is_ended_unless_the_daemon_is_held_up(holder: Holder) -> None:
