@@ -52,7 +52,7 @@ class Child:
         self.stage = Stage.BOOTING
         self.started_at = time.monotonic()
         self.changed_at = 0.0  # when the present stage began; the holder's clock
-        self.asked_at: float | None = None  # when the oldest ping was sent that nothing was heard after
+        self.unanswered = 0  # pings since something was heard of it, or it was seen to be held up
         self.abilities: tuple[str, ...] = ()  # what it does beyond libfuse; said before its reply to INIT
         self.logs: tuple[int, ...] = (1,)  # versions of the write log that it knows; said with them
         self.formats: tuple[int, ...] = ()  # versions of the store's format, likewise; an earlier program does not say

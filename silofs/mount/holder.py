@@ -197,7 +197,7 @@ class Holder:
                 self._serve(child)
         elif op == "serving" and child is self._current:
             child.enter(Stage.SERVING, now)
-            child.asked_at = None
+            child.unanswered = 0
             self._format, self._unusable = int(message.fields.get("format", 0)), ""
             self._generations += 1
             self._refused = self._refusal_before(child)
@@ -207,8 +207,8 @@ class Holder:
             self._note(f"daemon {child.pid} serves {self._mountpoint}")
             self._publish()
             if self._ready is not None:
-                self._ready({"ok": True, "holder_pid": os.getpid(), "daemon_pid": child.pid})
-                self._ready = None
+                ready, self._ready = self._ready, None
+                ready({"ok": True, "holder_pid": os.getpid(), "daemon_pid": child.pid})
         elif op == "able":
             child.abilities = tuple(str(word) for word in message.fields.get("abilities", ()))
             child.logs = tuple(int(version) for version in message.fields.get("logs", child.logs))
@@ -216,7 +216,7 @@ class Holder:
         elif op == "failed":
             child.refusal = {key: message.fields.get(key) for key in ("code", "message", "hint", "exit")}
         elif op == "pong":
-            child.asked_at = None
+            child.unanswered = 0
         elif op == "bye":
             child.clean = bool(message.fields.get("clean"))
             child.enter(Stage.LEAVING, now)
@@ -401,15 +401,16 @@ class Holder:
 
     def _ping(self, current: Child, now: float) -> None:
         self._ping_at = now + limits.PING_DAEMON_S
-        if current.asked_at is None:
-            current.asked_at = now  # not since its last answer: this process may have been held up itself
-        elif now - current.asked_at > limits.PONG_DAEMON_S:
-            current.asked_at = now
-            if current.held_up:
-                return
+        # Pings are counted and not seconds, since this process may have been held up itself. And whoever was held up a
+        # moment ago gets the whole time to answer.
+        if current.unanswered and current.held_up:
+            current.unanswered = 0
+        elif current.unanswered * limits.PING_DAEMON_S >= limits.PONG_DAEMON_S:
             self._note(f"daemon {current.pid} gave no sign of life for {limits.PONG_DAEMON_S:.0f} s")
             current.kill()
+            current.unanswered = 0
         current.channel.send("ping", n=int(now * 1000))
+        current.unanswered += 1
 
     # What others see
 
@@ -488,7 +489,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def tell(about: dict[str, Any]) -> None:
         if args.ready_fd >= 0:
-            os.write(args.ready_fd, json.dumps(about).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # it waits no more: the disk was not there for a minute
+                os.write(args.ready_fd, json.dumps(about).encode() + b"\n")
             os.close(args.ready_fd)
 
     if args.ready_fd >= 0:

@@ -435,6 +435,32 @@ def test_the_reasons_for_no_mount_are_told(mount: Mount, tmp_path: Path) -> None
     assert mount.silofs("mount", str(tmp_path), check=False).returncode == 11
 
 
+def test_a_launcher_that_waits_no_more_is_missed_by_nobody(tmp_path: Path) -> None:
+    """As when the store's disk was not there for a minute."""
+    mount = Mount(tmp_path)
+    Store.create(mount.store)
+    mount.path.mkdir()
+    reader, writer = os.pipe()
+    pipe = f"pipe:[{os.fstat(writer).st_ino}]"
+    os.close(reader)
+    command = launcher.command(mount.store, mount.path)
+    at = command.index("--")
+    with (mount.store / launcher.LOG_FILE).open("ab") as log:
+        words = [*command[:at], "--ready-fd", str(writer), *command[at:]]
+        with subprocess.Popen(words, pass_fds=(writer,), stdin=subprocess.DEVNULL, stderr=log) as holder:
+            os.close(writer)
+            try:
+                wait(lambda: launcher.holder_state(mount.store), "the holder is there")
+                mount.wait_served(not_by=mount.kill_daemon())
+                assert pipe not in [str(fd.readlink()) for fd in Path(f"/proc/{holder.pid}/fd").iterdir()]
+                assert "Error" not in mount.log()
+                kernel.unmount(str(mount.path), lazy=False)
+                assert holder.wait(20) == 0
+            finally:
+                mount.holder_pid = holder.pid
+                mount.destroy()
+
+
 def test_a_daemon_that_does_not_come_up_leaves_no_mount(tmp_path: Path) -> None:
     mount = Mount(tmp_path, daemon="tests.fuse.odd_daemon")
     Store.create(mount.store)

@@ -33,7 +33,7 @@ class FakeChild:
         self.stage = Stage.SERVING
         self.started_at = 0.0
         self.changed_at = 0.0
-        self.asked_at: float | None = None
+        self.unanswered = 0
         self.held_up = held_up
         self.killed = 0
 
@@ -52,47 +52,52 @@ def holder() -> Holder:
     return made
 
 
-def ping(holder: Holder, child: FakeChild, now: float) -> None:
-    holder._ping(child, now)  # type: ignore[arg-type]
+def ping(holder: Holder, child: FakeChild, times: int = 1) -> None:
+    for _ in range(times):
+        holder._ping(child, holder._ping_at)  # type: ignore[arg-type]
+
+
+UNANSWERED = round(limits.PONG_DAEMON_S / limits.PING_DAEMON_S)
 
 
 def test_a_daemon_that_answers_lives(holder: Holder) -> None:
     child = FakeChild()
-    for now in range(100):
-        child.asked_at = None
-        ping(holder, child, now * limits.PONG_DAEMON_S)
+    for _ in range(100):
+        ping(holder, child)
+        child.unanswered = 0
     assert not child.killed
     assert [op for op, _ in child.channel.messages] == ["ping"] * 100
 
 
 def test_a_silent_daemon_is_killed_once(holder: Holder) -> None:
     child = FakeChild()
-    ping(holder, child, 100.0)
-    ping(holder, child, 100.0 + limits.PONG_DAEMON_S - 1)
+    ping(holder, child, UNANSWERED)
     assert not child.killed
-    ping(holder, child, 100.0 + limits.PONG_DAEMON_S + 1)
-    ping(holder, child, 100.0 + limits.PONG_DAEMON_S + 2)
+    ping(holder, child)
+    assert child.killed == 1 and holder._ping_at == pytest.approx(limits.PONG_DAEMON_S + limits.PING_DAEMON_S)
+    ping(holder, child)
     assert child.killed == 1
 
 
 def test_a_daemon_is_not_silent_while_nobody_asks_it(holder: Holder) -> None:
-    """The holder itself may be stopped, or wait for the disk to write its log."""
+    """The holder itself may be stopped, or wait for the disk to write its log, before or after it has asked."""
     child = FakeChild()
-    ping(holder, child, 0.0)
-    child.asked_at = None  # answered
-    ping(holder, child, 10 * limits.PONG_DAEMON_S)
+    for _ in range(10):
+        ping(holder, child)
+        holder._ping_at += 10 * limits.PONG_DAEMON_S
+        ping(holder, child)
+        child.unanswered = 0  # the answer to both
     assert not child.killed
 
 
 def test_a_daemon_that_is_held_up_is_left_alone(holder: Holder) -> None:
     child = FakeChild(held_up=True)
-    ping(holder, child, 0.0)
-    ping(holder, child, limits.PONG_DAEMON_S + 1)
+    ping(holder, child, 3 * UNANSWERED)
     assert not child.killed
     child.held_up = False
-    ping(holder, child, limits.PONG_DAEMON_S + 2)
-    assert not child.killed, "it gets the whole time again once it goes on"
-    ping(holder, child, 2 * limits.PONG_DAEMON_S + 2)
+    ping(holder, child, UNANSWERED - 1)
+    assert not child.killed, "it gets the whole time from the moment that it can go on"
+    ping(holder, child)
     assert child.killed == 1
 
 
