@@ -16,13 +16,14 @@ from pathlib import Path
 from silofs import apart, diffs, images, packing, raw_out, states, stream_fill, stream_in, stream_out, verbs
 from silofs.errors import BadFormat, Damaged, NoDaemon, NoStore, SiloError, StoreError, UserError
 from silofs.facts import Fields, View
+from silofs.layers.directory import DATA_DIRECTORY, LOCK_FILE, take_lock
 from silofs.layers.environment import DATA_FILE
 from silofs.layers.memfd import SLOT
 from silofs.layers.notes import Notes
 from silofs.layers.policies import drain
 from silofs.layers.quarantine import Quarantine
 from silofs.layers.rewrite import Reap
-from silofs.layers.store import DATA_DIRECTORY, LOCK_FILE, Store, take_lock
+from silofs.layers.store import Store
 from silofs.limits import NOTES_MAX
 from silofs.sink import Source
 from silofs.stream import Decoder

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from silofs.layers.store import LOCK_FILE
+from silofs.layers.directory import LOCK_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")

@@ -18,13 +18,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import trio
 
 from silofs import failpoints
 from silofs.blocks import PAGE_SHIFT
+from silofs.engine.claims import Claims
+from silofs.engine.cut import Batch, Cut
 from silofs.engine.journalling import Entry, Journalling
 from silofs.engine.reads import Reads
 from silofs.engine.threads import Threads
@@ -33,8 +34,6 @@ from silofs.errors import SiloError, StoreBroken, StoreError
 from silofs.layers.commit import CommitResult, grow
 from silofs.layers.held import no_room
 from silofs.layers.log import WriteLog
-from silofs.layers.pending import Pending
-from silofs.layers.records import Mark
 from silofs.layers.rewrite import Policy, Stepped
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -55,41 +54,15 @@ T = TypeVar("T")
 Also = Callable[[WriteTxn], object]
 
 
-class Batch:
-    """Those who wait for one cut to be durable."""
-
-    __slots__ = ("done", "error")
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.error: SiloError | None = None
-
-    def settle(self, error: SiloError | None = None) -> None:
-        self.error = error
-        self.done.set()
-
-
-@dataclass
-class Cut:
-    """Everything that was pending at one moment."""
-
-    mark: Mark
-    volumes: list[VolumeState]
-    pendings: list[Pending]
-    length: int
-    claimed: int  # of the store's space, for its writes
-    grown: dict[bytes, int] = field(default_factory=dict)
-
-
 class Commits:
-    """Cuts, commits and publishes. `credit`, `waiting` and `kick_at` are what the hot path of writes looks at."""
+    """Cuts, commits and publishes. `claims`, `waiting` and `kick_at` are what the hot path of writes looks at."""
 
     def __init__(self, store: Store, write_log: WriteLog, reads: Reads, threads: Threads) -> None:
         self._store = store
         self._log = write_log
         self._reads = reads
         self._threads = threads
-        self.credit = 0  # claimed of the store's space and not used yet, in bytes of the worst case
+        self.claims = Claims(store.held)
         self.waiting = 0  # bytes pending, without those in flight
         self.kick_at = AHEAD_BYTES
         self._ahead = 0  # of what is waiting, in bytes: written ahead
@@ -97,7 +70,6 @@ class Commits:
         self.failed: SiloError | None = None  # the last commit failed, and no other has succeeded since
         self.refresh: Callable[[Iterable[int]], None] = lambda leaves: None  # set by the engine
         self.replace: Callable[[Stepped], None] = lambda stepped: None  # set by the engine
-        self._claimed = 0  # for what is pending, `credit` included
         self._dirty: list[VolumeState] = []
         self._cut: Cut | None = None  # in flight, or failed and to be tried again
         self._flying: Batch | None = None
@@ -152,25 +124,14 @@ class Commits:
 
     def admit(self, cost: int) -> None:
         """Hold the space of a write before it is acknowledged; StoreFull, or why nothing is admitted now."""
-        if cost <= self.credit:
-            return
         if self.failed is not None:
             raise again(self.failed)
-        # Near the end every write asks for itself.
-        for ahead in (max(cost, ADMIT_BYTES), cost):
-            if self._store.held.claim(ahead):
-                self._claimed += ahead
-                self.credit += ahead
-                return
-        raise no_room()
+        if not self.claims.admits(cost):
+            raise no_room()
 
     def admits(self, cost: int) -> bool:
         """`admit` for the hot path."""
-        try:
-            self.admit(cost)
-        except SiloError:
-            return False
-        return True
+        return self.failed is None and self.claims.admits(cost)
 
     async def make_room(self, cost: int) -> None:
         """Get the space that `admit` did not find: more of the disk, or what pending writes claim and do not need.
@@ -193,12 +154,6 @@ class Commits:
                     self._reads.renew()
         if not await threads.run(lambda: held.top_up(cost)):
             self.admit(cost)
-
-    def _give_back(self) -> None:
-        """Claim nothing ahead: there may be no next write."""
-        self._store.held.let_go(self.credit)
-        self._claimed -= self.credit
-        self.credit = 0
 
     @property
     def under_way(self) -> bool:
@@ -357,7 +312,7 @@ class Commits:
         """Nothing is acknowledged from here on, until the cut has landed after all."""
         self.failed = error
         self.failures += 1
-        self._give_back()
+        self.claims.give_back()
         self.kick()
         batch.settle(error)
 
@@ -379,11 +334,10 @@ class Commits:
             volumes,
             [volume.cut() for volume in volumes],
             self.waiting,
-            self._claimed - self.credit,
+            self.claims.cut(),
             grown,
         )
         self.waiting = 0
-        self._claimed = self.credit
         self.kick_at = AHEAD_BYTES
         self._ahead = self._looked = 0
         # Only events that were set are replaced: on the others the background task may be waiting.
@@ -405,7 +359,7 @@ class Commits:
         result: CommitResult[T | None] = CommitResult({}, {})
         entry = self.journal.entry(cut.mark)
         if cut.pendings or fn is not None or entry != self.journal.recorded:
-            then = _then(cut, entry, fn)
+            then = cut.then(entry, fn)
             result = await self._threads.wait(self._store.commit(cut.pendings, self._log.ring, then))
         failpoints.hit("commit.durable")
         self._publish(cut, entry, result, fn is not None)
@@ -434,11 +388,11 @@ class Commits:
         failpoints.hit("commit.before_release")
         self.journal.landed(entry)
         self._log.release(cut.mark)
-        self._store.held.let_go(cut.claimed)
+        self.claims.landed(cut.claimed)
         self._cut = None
         self.failed = None
         if not self.waiting:
-            self._give_back()
+            self.claims.give_back()
         self.commits += 1
         landed, self.landed = self.landed, trio.Event()
         landed.set()
@@ -464,22 +418,8 @@ class Commits:
             "failures": self.failures,
             "flushes": self.flushes,
             "waiting_bytes": self.waiting,
-            "credit_bytes": self.credit,
+            "credit_bytes": self.claims.credit,
             "dirty_volumes": len(self._dirty),
             "failed": str(self.failed) if self.failed else None,
             "journal": self.journal.statistics(),
         }
-
-
-def _then(cut: Cut, entry: Entry, fn: Callable[[WriteTxn], T] | None) -> Callable[[WriteTxn], T | None]:
-    """What a commit does besides: the times of the writes in it, what replay goes by, then what it was asked for."""
-    now = time.time_ns()
-
-    def run(txn: WriteTxn) -> T | None:
-        for pending in cut.pendings:
-            if txn.has_volume(pending.uuid):
-                txn.set_attr(pending.uuid, mtime_ns=now)
-        txn.count(journal=entry.journal, mark=entry.mark)
-        return None if fn is None else fn(txn)
-
-    return run

@@ -49,14 +49,14 @@ class Writes:
             return False
         log = self._log
         cost = length * BYTE_COST + WRITE_COST
-        if not log.room(length) or (cost > commits.credit and not commits.admits(cost)):
+        if not log.room(length) or (cost > commits.claims.credit and not commits.admits(cost)):
             return False
         lsn, position = log.append(
             WRITE, volume.uuid, volume.epoch, volume.last_lsn, offset, length, data, placed=placed
         )
         volume.last_lsn = lsn
         volume.pending.write(offset, position, length, lsn)
-        commits.credit -= cost
+        commits.claims.credit -= cost
         commits.waiting += length
         if volume.clean or commits.waiting >= commits.kick_at:
             commits.grew(volume)
@@ -175,7 +175,7 @@ class Writes:
         volume.pending.write(offset, position, length, lsn)
         if kind == EXTEND:
             volume.size = volume.grown = offset + length
-        self._commits.credit -= worst_case(length)
+        self._commits.claims.credit -= worst_case(length)
         self._commits.waiting += length
         self._commits.grew(volume)
 

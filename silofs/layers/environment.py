@@ -21,12 +21,13 @@ from silofs.layers.ahead import WritingAhead
 from silofs.layers.cell_map import CellMap
 from silofs.layers.cells import FILE as CELLS_FILE
 from silofs.layers.cells import CellFile
+from silofs.layers.filesystem import on_the_medium
 from silofs.layers.held import Held
 from silofs.layers.notes import Note, Notes
 from silofs.layers.quarantine import Quarantine
 from silofs.layers.schema import ENGINE_MAJOR, FORMAT_VERSION, TABLES, Table
 from silofs.layers.unpacked import UnpackedBlocks
-from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, UNPACKED_BLOCKS
+from silofs.limits import GIB, MAP_BYTES_MAX, MAP_BYTES_START, MAX_READERS, REOPEN_BYTES, UNPACKED_BLOCKS
 
 DATA_FILE: Final = "data.mdb"
 
@@ -219,3 +220,17 @@ def check_file(data_file: Path) -> None:
     if errors:
         raise BadFormat(f"{data_file} is cut short: {data_file.stat().st_size} of {needed} bytes")
     os.truncate(data_file, needed)
+
+
+def drop_cache(data_file: Path) -> None:
+    """Let the next reads come from the disk: after a failed write the page cache shows what never got there.
+
+    A page that somebody else maps stays in the cache; so the two are compared, in a large file its ends. The file of
+    cells is not: a commit does not begin before its cells are durable, and one whose cells failed refers to none.
+    """
+    with data_file.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    end = (last_page(data_file) + 1) * PAGE
+    middle = end // 2 // PAGE * PAGE
+    if not on_the_medium(data_file, [(0, min(middle, REOPEN_BYTES)), (max(middle, end - REOPEN_BYTES), end)]):
+        raise StoreBroken(f"{data_file} is not on the disk as it was written")

@@ -28,6 +28,7 @@ from silofs.extents import Extents
 from silofs.layers import catalog, containers, leaves, presence, schema
 from silofs.layers.catalog import Layer
 from silofs.layers.changes import pages_of
+from silofs.layers.directory import DATA_DIRECTORY
 from silofs.layers.environment import DATA_FILE
 from silofs.layers.filesystem import sync_directory
 from silofs.layers.format import Format
@@ -37,7 +38,7 @@ from silofs.layers.repair_catalog import CatalogRepair, Loss
 from silofs.layers.replay import salvage_journal
 from silofs.layers.salvage import Salvage
 from silofs.layers.schema import CHUNK_BYTES, CHUNK_LEAVES, CHUNK_SHIFT, SUM_LEAVES, SUM_SHIFT, Refs, Table
-from silofs.layers.store import DATA_DIRECTORY, Store
+from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.use_records import Use
 from silofs.limits import MIB

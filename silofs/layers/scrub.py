@@ -31,6 +31,7 @@ import msgspec
 
 from silofs.errors import StoreError
 from silofs.layers.check import Finding, check
+from silofs.layers.directory import DATA_DIRECTORY
 from silofs.layers.environment import DATA_FILE, Environment
 from silofs.layers.format import read_format
 from silofs.layers.memfd import SLOT
@@ -38,7 +39,6 @@ from silofs.layers.notes import Notes
 from silofs.layers.quarantine import learn
 from silofs.layers.reader import ReadTxn
 from silofs.layers.schema import FORMAT_VERSION
-from silofs.layers.store import DATA_DIRECTORY
 from silofs.limits import NOTES_MAX
 
 log = logging.getLogger(__name__)

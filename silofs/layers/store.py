@@ -1,35 +1,36 @@
-"""A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous.
-
-    STORE/lock        flock, held as long as anyone uses the store; says that this is one
-    STORE/data/       the LMDB environment, and beside it the file of cells (silofs/layers/cells.py)
-    STORE/journal/    what was synced since the last commit (silofs/layers/journal.py)
-"""
+"""A store on disk: made, opened under its lock, read in snapshots, changed by one writer thread. Synchronous."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 from weakref import WeakSet
 
 import lmdb
 
-from silofs.blocks import PAGE
-from silofs.errors import BadFormat, Damaged, Exists, NoStore, SiloError, StoreBroken, StoreError, StoreLocked
-from silofs.layers import catalog, schema
+from silofs.errors import Damaged, Exists, SiloError, StoreBroken
+from silofs.layers import schema
 from silofs.layers.ahead import Ahead, Run
-from silofs.layers.catalog import State
 from silofs.layers.catalog_reader import CatalogReader, verify_catalog
 from silofs.layers.cell_changes import free_cells
 from silofs.layers.commit import CommitResult, Committed, apply_all
-from silofs.layers.environment import DATA_FILE, Environment, check_file, last_page
-from silofs.layers.filesystem import free_bytes, on_the_medium, refuse_network, sync_directory, write_in_place
-from silofs.layers.format import Format, read_format, upgrade
+from silofs.layers.directory import (
+    DATA_DIRECTORY,
+    LOCK_FILE,
+    MARK,
+    NEW_DIRECTORY,
+    expect,
+    make_environment,
+    take_lock,
+)
+from silofs.layers.environment import DATA_FILE, Environment, check_file, drop_cache
+from silofs.layers.filesystem import free_bytes, refuse_network, sync_directory, write_in_place
+from silofs.layers.format import read_format, upgrade
 from silofs.layers.gate import Gate
 from silofs.layers.held import Held, worst_case
 from silofs.layers.notes import Notes
@@ -42,16 +43,10 @@ from silofs.layers.schema import CELL_BYTES
 from silofs.layers.transaction import WriteTxn
 from silofs.layers.usage import Usage
 from silofs.layers.writer import Writer
-from silofs.limits import REOPEN_BYTES
 
 __all__ = ["CommitResult", "Committed", "Store"]
 
 T = TypeVar("T")
-
-LOCK_FILE: Final = "lock"
-DATA_DIRECTORY: Final = "data"
-NEW_DIRECTORY: Final = "data.new"
-MARK: Final = "silofs store "
 
 
 class Store:
@@ -88,7 +83,7 @@ class Store:
                 shutil.rmtree(new)  # of an attempt that was interrupted
             new.mkdir(mode=0o700)
             uuid = uuid4().bytes
-            _make(new, uuid)
+            make_environment(new, uuid)
             new.rename(data)
             for directory in (path, path.parent):
                 sync_directory(directory)
@@ -119,7 +114,7 @@ class Store:
         `notes`: where to say what is looked at, for a successor.
         """
         data = path / DATA_DIRECTORY
-        _expect(path)
+        expect(path)
         own_fd = take_lock(path) if lock_fd is None else -1
         try:
             check_file(data / DATA_FILE)
@@ -154,7 +149,7 @@ class Store:
     @staticmethod
     def lock(path: Path) -> int:
         """A descriptor that holds the store's lock, for `open`. NoStore, BadFormat, Unsupported, StoreLocked."""
-        _expect(path)
+        expect(path)
         return take_lock(path)
 
     def _start_writer(self) -> None:
@@ -297,7 +292,7 @@ class Store:
         self._environment.close()
         try:
             data = self.path / DATA_DIRECTORY
-            _drop_cache(data / DATA_FILE)
+            drop_cache(data / DATA_FILE)
             check_file(data / DATA_FILE)
             read_format(data)
             self._environment = Environment(data, held=self.held, notes=self._environment.notes)
@@ -368,61 +363,7 @@ class _Reader(ReadTxn):
         self.close()
 
 
-def _make(path: Path, uuid: bytes) -> None:
-    """The environment of an empty store."""
-    environment = Environment(path, create=True)
-    try:
-        with environment.begin(write=True) as txn:
-            table = environment.tables[schema.META]
-            key = schema.META_FORMAT
-            found = Format(schema.FORMAT_VERSION, schema.ENGINE, uuid)
-            txn.put(key, catalog.encode(schema.META, key, found), db=table)
-            key = schema.META_STATE
-            txn.put(key, catalog.encode(schema.META, key, State(txn=txn.id())), db=table)
-    except lmdb.Error as error:
-        raise StoreError(f"the store in {path.parent} cannot be made: {error}", hint="is its disk full?") from error
-    finally:
-        environment.close()
-
-
 def _know_objects(environment: Environment, txn: CatalogReader) -> None:
     """Which cells are free, and from which id on no object has one; with that, cells can be written to."""
     environment.free_cells = free_cells(txn, environment)
     environment.ahead.take_ids(0, txn.state.next_object)
-
-
-def _expect(path: Path) -> None:
-    """Raises NoStore, BadFormat or Unsupported where there is no store that could be opened."""
-    mark, data = path / LOCK_FILE, path / DATA_DIRECTORY
-    if not mark.exists() and not data.exists():
-        raise NoStore(f"there is no store in {path}")
-    if not (data / DATA_FILE).exists():
-        if mark.exists() and not mark.stat().st_size and not data.exists():
-            raise NoStore(f"there is no store in {path}")
-        raise BadFormat(f"{data / DATA_FILE} is missing; the store around it is not", hint="restore it from a copy")
-    refuse_network(data)
-
-
-def take_lock(path: Path) -> int:
-    """A descriptor that holds the store's lock."""
-    lock_fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock_fd)
-        raise StoreLocked(f"the store in {path} is in use") from error
-    return lock_fd
-
-
-def _drop_cache(data_file: Path) -> None:
-    """Let the next reads come from the disk: after a failed write the page cache shows what never got there.
-
-    A page that somebody else maps stays in the cache; so the two are compared, in a large file its ends. The file of
-    cells is not: a commit does not begin before its cells are durable, and one whose cells failed refers to none.
-    """
-    with data_file.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    end = (last_page(data_file) + 1) * PAGE
-    middle = end // 2 // PAGE * PAGE
-    if not on_the_medium(data_file, [(0, min(middle, REOPEN_BYTES)), (max(middle, end - REOPEN_BYTES), end)]):
-        raise StoreBroken(f"{data_file} is not on the disk as it was written")

@@ -50,6 +50,6 @@ def test_the_medium_is_asked_and_not_the_cache(tmp_path: Path) -> None:
 def test_a_file_that_is_not_on_the_disk_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store.create(tmp_path / "store")
     store = Store.open(tmp_path / "store")
-    monkeypatch.setattr("silofs.layers.store.on_the_medium", lambda path, ranges: False)
+    monkeypatch.setattr("silofs.layers.environment.on_the_medium", lambda path, ranges: False)
     with pytest.raises(StoreBroken, match="not on the disk"):
         store.reopen()
