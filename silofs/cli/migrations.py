@@ -66,7 +66,7 @@ def migrate_command(
     code = _finish(app, fields)
     if fields["left_snapshots"]:
         some = ", ".join(fields["left_snapshots"])
-        app.warn(f"not on the volume's chain since a rollback, and left here: {some} (kept until silofs rm)")
+        app.warn(f"no longer on the volume's chain, and left here: {some} (kept until silofs rm)")
     return code or (Exit.WARNINGS if fields["left_snapshots"] else Exit.OK)
 
 
