@@ -31,13 +31,21 @@ def ended_cleanly() -> Iterator[None]:
 def beside(file: Path) -> Iterator[tuple[int, Path]]:
     """A new file in the directory of `file`, readable by its owner only, that is gone afterwards unless renamed."""
     temporary = file.parent / f".{file.name[:200]}.{os.getpid()}.{os.urandom(4).hex()}"
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = _made(temporary, os.O_EXCL, file)
     try:
         yield fd, temporary
     finally:
         os.close(fd)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _made(path: Path, flags: int, file: Path) -> int:
+    """A descriptor of a file beside `file`. OSError, of the name that the user knows."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def publish(temporary: Path, file: Path) -> None:
@@ -67,7 +75,7 @@ def part_of(file: Path) -> Path:
 def partial(file: Path) -> Iterator[tuple[int, Path]]:
     """What there is of `file` so far, under a name beside it, to be continued and kept until it is whole."""
     path = part_of(file)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = _made(path, os.O_NOFOLLOW, file)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -265,6 +265,15 @@ class Full(Exception):
     pass
 
 
+@pytest.mark.parametrize("kind", ["raw", "stream"])
+def test_an_export_to_a_place_that_is_not_there(silofs: Silofs, tmp_path: Path, kind: str) -> None:
+    silofs.ok("create", "vm1", "--size", "1M")
+    silofs.ok("snapshot", "vm1@s")
+    file = tmp_path / "none" / "out"
+    done = silofs("export", "vm1@s", file, "--format", kind)
+    assert (done.code, done.err.splitlines()[0]) == (10, f"silofs: {file}: No such file or directory")
+
+
 def test_an_import_that_fails_half_way(silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = image(tmp_path / "i", SIZE, *range(0, 4096, 3))
     defaults = images.load.__kwdefaults__
