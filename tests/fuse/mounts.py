@@ -49,6 +49,15 @@ def wait(condition: Callable[[], T | None], what: str, *, timeout_s: float = DEA
         time.sleep(0.005)
 
 
+def open_files(pid: int) -> dict[Path, str]:
+    """What a process has open, by its entries in /proc: of one that runs, some may be gone when they are looked at."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[link] = str(link.readlink())
+    return found
+
+
 class Mount:
     """One store, mounted. Everything lives below `base`: store, mountpoint and log."""
 

@@ -1,7 +1,7 @@
 """Who dies when, and what programs with open files see of it (the table in docs/mount.md)."""
 
 # The system calls are what is tested here.
-# ruff: noqa: PTH108, PTH115, PTH208
+# ruff: noqa: PTH108, PTH208
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from silofs.errors import BadFormat, Busy, NoStore, SiloError, StoreLocked, User
 from silofs.layers.store import Store
 from silofs.mount import kernel, launcher
 from silofs.mount.channel import Channel
-from tests.fuse.mounts import Mount, wait
+from tests.fuse.mounts import Mount, open_files, wait
 from tests.fuse.test_files import fails
 from tests.unit.mount.test_kernel import init_request
 
@@ -160,8 +160,7 @@ def test_a_successor_waits_without_store_and_mount(mount: Mount) -> None:
         return next(iter(daemons(mount) - {about["daemon_pid"]}), None)
 
     def holds(pid: int) -> set[str]:
-        links = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
-        return links & {"/dev/fuse", "/memfd:silofs-log (deleted)", str(mount.store / "lock")}
+        return {*open_files(pid).values()} & {"/dev/fuse", "/memfd:silofs-log (deleted)", str(mount.store / "lock")}
 
     pid = wait(spare, "a successor")
     assert not holds(pid)
@@ -452,7 +451,7 @@ def test_a_launcher_that_waits_no_more_is_missed_by_nobody(tmp_path: Path) -> No
             try:
                 wait(lambda: launcher.holder_state(mount.store), "the holder is there")
                 mount.wait_served(not_by=mount.kill_daemon())
-                assert pipe not in [str(fd.readlink()) for fd in Path(f"/proc/{holder.pid}/fd").iterdir()]
+                assert pipe not in open_files(holder.pid).values()
                 assert "Error" not in mount.log()
                 kernel.unmount(str(mount.path), lazy=False)
                 assert holder.wait(20) == 0

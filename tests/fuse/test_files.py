@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from silofs.limits import HANDLES_MAX
-from tests.fuse.mounts import Mount, wait
+from tests.fuse.mounts import Mount, open_files, wait
 
 pytestmark = pytest.mark.fuse
 SIZE = 8 << 20
@@ -338,8 +338,7 @@ def test_files_can_be_mapped_shared(image: Path, shared: Mount) -> None:
 def test_the_daemon_does_not_touch_its_own_mount(shared: Mount) -> None:
     about = shared.status()
     for pid in (about["holder_pid"], about["daemon_pid"]):
-        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        assert not [link for link in links if link.startswith(str(shared.path))]
+        assert not [link for link in open_files(pid).values() if link.startswith(str(shared.path))]
         assert not os.readlink(f"/proc/{pid}/cwd").startswith(str(shared.path))
 
 

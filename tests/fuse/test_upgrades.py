@@ -18,7 +18,7 @@ from silofs import limits
 from silofs.layers.schema import FORMAT_VERSION
 from silofs.mount import prepare
 from silofs.mount.logfile import LOG_FILE
-from tests.fuse.mounts import Mount, wait
+from tests.fuse.mounts import Mount, open_files, wait
 from tests.fuse.test_deaths import daemons, writing
 
 pytestmark = pytest.mark.fuse
@@ -44,8 +44,8 @@ def old(tmp_path: Path) -> Iterator[Mount]:
 
 
 def log_version(mount: Mount) -> int:
-    for link in Path(f"/proc/{mount.holder_pid}/fd").iterdir():
-        if "memfd:silofs-log" in str(link.readlink()):
+    for link, name in open_files(mount.holder_pid).items():
+        if "memfd:silofs-log" in name:
             fd = os.open(link, os.O_RDONLY)
             try:
                 return prepare.log_version(fd)
