@@ -20,7 +20,8 @@ from silofs.errors import Damaged, ProtocolError, SiloError, StoreFull
 from silofs.layers.transaction import WriteTxn
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Priority, Refusal, Run
-from silofs.migrate.source import BEFORE_CEDING, SourceMachine
+from silofs.migrate.source import SourceMachine
+from silofs.migrate.source_states import BEFORE_CEDING
 from silofs.migrate.states import MigrationRecord, Phase, Role, Side
 from silofs.migrate.target import TargetMachine
 from silofs.peers import records, source_ops, target_ops
