@@ -2,6 +2,6 @@
 
 `messages` and `wire` say what travels, `codec` how pages do, `states` what is durable, `events` what goes into and
 comes out of the two machines in `source` and `target`, `order` in which order pages are asked for. A machine's module
-is its table of states; what they do is in one module for each phase (`source_rounds`, ...). Nothing here does I/O,
-reads a clock or draws a random number: time and fresh ids are arguments.
+is its table of states; what they do is in a module for each phase (`source_rounds`, `target_pull`, ...). Nothing here
+does I/O, reads a clock or draws a random number: time and fresh ids are arguments.
 """
