@@ -22,6 +22,7 @@ from silofs.layers.scrub import scrub
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
 from silofs.names import check_name, check_size
+from silofs.peers.records import needed
 from silofs.times import rfc3339
 
 Args = dict[str, Any]
@@ -246,6 +247,7 @@ def unlink(txn: WriteTxn, volume: Volume, view: View) -> None:
     if ownership is None or ownership.role is not Role.OWNER:
         removable(txn, volume, view)
     freezes.check(txn, volume, "removing it")
+    unmoved(txn, volume, "removing it")
     if txn.snapshots(volume.uuid):
         raise Busy(f"{volume.name} has snapshots", hint=f"silofs rm {volume.name} removes it with them")
     txn.orphan_volume(volume.uuid)
@@ -266,6 +268,13 @@ def unused(volume: Volume, view: View) -> None:
         raise Busy(f"{volume.name} is open {times}", hint="stop the VM that uses it first")
 
 
+def unmoved(txn: ReadTxn, volume: Volume, what: str) -> None:
+    """Raises Busy while a migration relies on the volume: one that `before_change` has ended is over by now."""
+    if volume.uuid in needed(txn):
+        hint = "silofs migration ls shows it while the store is mounted, silofs migration cancel ends it"
+        raise Busy(f"{volume.name} is in a migration that is not over: {what} waits for its end", hint=hint)
+
+
 def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
     """Raises Busy while the volume is in use or frozen, or a migration needs its data."""
     unused(volume, view)
@@ -275,6 +284,7 @@ def removable(txn: ReadTxn, volume: Volume, view: View) -> None:
     if role in (Role.INCOMING, Role.CEDED):
         hint = "silofs migration ls shows the migration; it has to end first"
         raise Busy(f"{volume.name} is {ROLES[role]}: its migration is not over", hint=hint)
+    unmoved(txn, volume, "removing it")
 
 
 def receiving(txn: ReadTxn, name: str, view: View) -> Volume:
@@ -282,6 +292,7 @@ def receiving(txn: ReadTxn, name: str, view: View) -> Volume:
     volume = owned(txn, name, "an import")
     unused(volume, view)
     freezes.check(txn, volume, "an import")
+    unmoved(txn, volume, "an import")
     return volume
 
 
@@ -297,6 +308,7 @@ def rollback(txn: WriteTxn, args: Args, view: View) -> Fields:
     volume = owned(txn, name_in(args, "volume"), "a rollback")
     unused(volume, view)
     freezes.check(txn, volume, "a rollback")
+    unmoved(txn, volume, "a rollback")
     kept = txn.find_snapshot(volume.uuid, name_in(args, "snapshot"))
     return Facts(txn, view).info(txn.rollback(volume.uuid, kept.layer))
 

@@ -74,17 +74,21 @@ class SourceMachine(Ceded):
     def restore(
         cls, record: MigrationRecord, ownership: tuple[Ownership, ...], now: float
     ) -> tuple[SourceMachine, list[ev.Action]]:
-        """After a restart. CEDED is rewritten before anything is granted: what the store shows may not be on disk."""
+        """After a restart. CEDED is rewritten before anything is granted: what the store shows may not be on disk.
+
+        Before that, a group of which a volume is gone has nothing to offer, and the migration ends.
+        """
         machine = cls(record, by_uuid(ownership, record.volumes))
         roles = {owner.role for owner in machine.ownership.values()}
         if record.phase in (Phase.CEDED, Phase.PULLING):
             assert roles == {Role.CEDED}, "a ceded migration whose volumes are not"
             machine.state = State.CEDING
             machine._commit(tuple(machine.ownership.values()), record, rewrite=True)
-        else:
-            assert roles == {Role.OWNER}, "a migration before its switch-over whose volumes are not owned"
+        elif roles == {Role.OWNER}:
             machine.state = State.OFFERING
             machine._settled = not record.returning
+        else:
+            machine._give_up(ms.Refusal.CHANGED)
         return machine, machine._flush()
 
     # Connection and time

@@ -15,7 +15,7 @@ from silofs.migrate import messages as ms
 from silofs.migrate import plan, states
 from silofs.migrate.source_rounds import Rounds
 from silofs.migrate.source_states import BEFORE_CEDING, BEFORE_FREEZE, State
-from silofs.migrate.states import MigrationRecord, Ownership, Phase, Switchover
+from silofs.migrate.states import MigrationRecord, Ownership, Phase, Role, Switchover
 
 
 class SwitchOver(Rounds):
@@ -208,9 +208,16 @@ class SwitchOver(Rounds):
         assert self.state in BEFORE_CEDING
         if self.state in (State.FREEZING, State.PUSHING):
             self._thaw(now, again=False)
+        self._give_up(reason)
+
+    def _give_up(self, reason: ms.Refusal) -> None:
+        """The record goes. A volume that was removed keeps what its own says."""
         self.state = State.CANCELLING
         self._due = None
         self._reason = reason
         if not self.record.returning:
-            self.ownership = {uuid: states.left(record, self.migration) for uuid, record in self.ownership.items()}
+            self.ownership = {
+                uuid: states.left(record, self.migration) if record.role is Role.OWNER else record
+                for uuid, record in self.ownership.items()
+            }
         self._commit(tuple(self.ownership.values()), None, drop=(self.migration,))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from silofs import limits
+from silofs.errors import ProtocolError
 from silofs.migrate import events as ev
 from silofs.migrate import messages as ms
 from silofs.migrate.machine import by_uuid
@@ -52,7 +53,8 @@ class TargetMachine(Completion):
             machine.state = State.INCOMING
         else:
             owners = tuple(machine.ownership.values()) if record.phase is Phase.PULLING else ()
-            assert all(owner.role is Role.OWNER for owner in owners), "a pulled migration whose volumes are not owned"
+            if any(owner.role is not Role.OWNER for owner in owners):
+                raise ProtocolError("a volume that was being pulled is not owned here any more")
             machine.state = State.OWNING if record.phase is Phase.PULLING else State.COMPLETING
             machine._commit(owners, record, rewrite=True)
         machine._advance(now)

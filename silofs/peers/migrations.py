@@ -177,7 +177,12 @@ class Migrations:
         """Every migration in the store goes on."""
         found = records.stored(self.engine.reads.txn)
         for record in found:
-            mover = self._restore(record)
+            try:
+                mover = self._restore(record)
+            except Exception:
+                # The volumes stay as their records say; all others must not wait for this one to be understood.
+                log.exception("migration %s cannot go on, and stays as it is", records.shown_id(record.id))
+                continue
             log.info("migration %s goes on (%s, %s)", mover.name, record.side.value, record.phase.value)
         for record in found:
             if record.returning and record.side is Side.SOURCE:
@@ -435,10 +440,14 @@ class Migrations:
     def open_records(self) -> list[MigrationRecord]:
         return [mover.record for mover in self.movers.values() if mover.record is not None]
 
-    def guard(self, uuid: bytes, change: str) -> None:
-        """Before a volume is renamed, resized, removed, rolled back or snapshotted. Busy while that is not possible;
-        a rename, removal or rollback before the freeze ends the attempt instead. Only a RETURN refuses a clone. A
-        freeze by command and a migration exclude each other, but for a volume that is owned here and still arriving."""
+    async def guard(self, uuid: bytes, change: str) -> None:
+        """Before a volume is renamed, resized, removed, rolled back or snapshotted. Busy while that is not possible.
+
+        A rename, removal or rollback before the freeze ends the attempt instead; then this returns when its record is
+        gone, so that a crash cannot leave the one without the other. Only a RETURN refuses a clone. A freeze by command
+        and a migration exclude each other, but for a volume that is owned here and still arriving.
+        """
+        ended: list[Mover] = []
         for mover in self.movers.values():
             if uuid not in mover.uuids:
                 continue
@@ -452,7 +461,9 @@ class Migrations:
             if mover.machine.locked and not (owning and change in ("snapshot", "rename", "resize")):
                 raise Busy(f"it is in migration {mover.name}", hint=f"silofs migration show {mover.name}")
             if mover.side is Side.SOURCE and change in ("rename", "rm", "rollback"):
-                mover.post(ev.VolumeChanged(uuid))
+                ended.append(mover)
+        for mover in ended:
+            await mover.end(ev.VolumeChanged(uuid))
 
     def volumes_changed(self, mover: Mover, uuids: set[bytes]) -> None:
         """Ownership records of these volumes changed."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from silofs import failpoints
-from silofs.errors import Damaged, ProtocolError, SiloError, StoreFull
+from silofs.errors import Busy, Damaged, ProtocolError, SiloError, StoreFull
 from silofs.layers.transaction import WriteTxn
 from silofs.migrate import events as ev
 from silofs.migrate.messages import Priority, Refusal, Run
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Machine = SourceMachine | TargetMachine
+
+END_S = 5.0  # a migration that a change ends is over within this
 
 
 class Mover:
@@ -86,6 +88,14 @@ class Mover:
     def post(self, event: ev.Event) -> None:
         self._inbox.append(event)
         self._wake.set()
+
+    async def end(self, event: ev.Event) -> None:
+        """Post what ends it before its freeze, and wait until its record is gone. Busy when it was frozen already."""
+        self.post(event)
+        with trio.move_on_after(END_S):
+            await self.over.wait()
+        if not self.over.is_set():
+            raise Busy(f"it is in migration {self.name}", hint=f"silofs migration show {self.name}")
 
     def stop(self) -> None:
         """Drop the machine: another one has superseded it, or the daemon ends."""

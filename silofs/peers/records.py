@@ -24,7 +24,7 @@ from silofs.layers.reader import ReadTxn
 from silofs.layers.transaction import WriteTxn
 from silofs.migrate.events import Commit
 from silofs.migrate.messages import Base, MapPart, PageKind, SnapshotInfo
-from silofs.migrate.states import MigrationRecord, Ownership, Role, Side
+from silofs.migrate.states import MigrationRecord, Ownership, Phase, Role, Side
 
 TABLE = "migration"
 ID_PREFIX = "m-"
@@ -75,6 +75,14 @@ def moving(reader: ReadTxn) -> set[bytes]:
     if not reader.state.rows.get(TABLE):
         return set()
     return {volume.uuid for record in stored(reader) for volume in record.volumes}
+
+
+def needed(reader: ReadTxn) -> set[bytes]:
+    """Those of them that have to stay what they are: all, but those that are complete here and wait for the source."""
+    if not reader.state.rows.get(TABLE):
+        return set()
+    found = [record for record in stored(reader) if record.side is Side.SOURCE or record.phase is not Phase.COMPLETE]
+    return {volume.uuid for record in found for volume in record.volumes}
 
 
 def apply(txn: WriteTxn, commit: Commit, record: MigrationRecord | None) -> set[bytes]:

@@ -75,7 +75,7 @@ class Verbs:
         reader = self._migrations.engine.reads.txn
         found = [volume.uuid for volume in reader.volumes() if volume.name == name.partition("@")[0]]
         for uuid in found:
-            self._migrations.guard(uuid, verb)
+            await self._migrations.guard(uuid, verb)
 
     # Peers
 

@@ -13,7 +13,8 @@ from silofs.errors import Busy, FetchTimeout, NoSuchThing, NotAuthorised, NotOwn
 from silofs.layers.policies import drain
 from silofs.migrate.events import CheckPrepare, PrepareChecked
 from silofs.migrate.messages import Refusal
-from silofs.peers import target_ops
+from silofs.migrate.states import Phase
+from silofs.peers import records, target_ops
 from tests.unit.peers.node import two
 
 MIB = 1 << 20
@@ -419,6 +420,40 @@ async def test_a_state_is_not_held_for_a_migration_that_is_over(tmp_path):
         answer = await target_ops.check_prepare(a.engine, bytes(16), CheckPrepare(7, 0, (layer.uuid,)))
         assert answer == PrepareChecked(7, Refusal.BASE)
         assert not a.engine.reads.txn.pins(layer.id)
+
+
+async def _removed_behind_its_back(node):
+    """vm1 goes while nobody looks, as it could before `rm` knew of migrations; then a daemon starts."""
+    migrations = node.peers._migrations
+    next(iter(migrations.movers.values())).stop()
+    await until(lambda: not migrations.movers)
+    uuid = node.engine.reads.txn.volume_by_name("vm1").uuid
+    await node.engine.transact(lambda txn: txn.delete_volume(uuid))
+    migrations._resume()
+    return migrations
+
+
+async def test_a_migration_whose_volume_is_gone_ends_at_the_source(tmp_path):
+    async with two(tmp_path) as (a, _):
+        await a.call("create", name="vm1", size=MIB)
+        await a.call("migrate", names=["vm1"], to=a.b, switchover="manual", detach=True)
+        await until(lambda: any(m.progress.phase is Phase.PRECOPY for m in a.peers._migrations.movers.values()))
+        migrations = await _removed_behind_its_back(a)
+        await until(lambda: not migrations.movers)
+        assert records.stored(a.engine.reads.txn) == []
+        assert a.engine.reads.txn.volumes() == []
+
+
+async def test_a_migration_that_cannot_go_on_at_the_destination_keeps_nobody_from_starting(tmp_path, caplog):
+    async with two(tmp_path) as (a, b):
+        await a.call("create", name="vm1", size=64 * MIB)
+        await a.write("vm1", 0, os.urandom(4 * MIB))
+        await _postcopy(a)
+        migrations = await _removed_behind_its_back(b)
+        assert not migrations.movers
+        assert "cannot go on" in caplog.text
+        await b.call("create", name="other", size=MIB)
+        assert a.role("vm1") == "ceded"
 
 
 async def _postcopy(a, bandwidth=MIB):
