@@ -155,22 +155,30 @@ def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progr
         done = store.write(lambda txn: verbs.WRITES[verb](txn, args, view))
         drain(store, [Reap()])
         return done
-    if verb == "import_abandon":
-        return store.write(lambda txn: stream_in.abandon(txn, args, view))
-    if verb == "import":
-        store.write(images.reap)
-        return _import(store, args, view, _one(fds), report)
+    if verb in ("import", "import_stream", "import_abandon"):
+        try:
+            return _bring(store, verb, args, view, fds, report)
+        finally:
+            drain(store, [Reap()])
     if verb == "export":
         return _export(store, args, _one(fds), report)
     if verb == "export_stream":
         return _send(store, args, _one(fds), report)
-    if verb == "import_stream":
-        return _receive(store, args, view, _one(fds), report)
     if verb == "diff":
         return _diff(store, args, _one(fds), report)
     if verb == "check":
         return verbs.check(store, args, report)
     raise NoDaemon(f"{verb} needs the daemon")
+
+
+def _bring(store: Store, verb: str, args: Fields, view: View, fds: Sequence[int], progress: Progress) -> Fields:
+    """What brings data into the store, or drops what an interrupted import has brought."""
+    if verb == "import_abandon":
+        return store.write(lambda txn: stream_in.abandon(txn, args, view))
+    if verb == "import_stream":
+        return _receive(store, args, view, _one(fds), progress)
+    store.write(images.reap)
+    return _import(store, args, view, _one(fds), progress)
 
 
 def _import(store: Store, args: Fields, view: View, fd: int, progress: Progress) -> Fields:

@@ -7,6 +7,7 @@ sound one is cut off, and the next one covers the pages from there on.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import time
@@ -140,8 +141,12 @@ def _pieces(reader: ReadTxn, sent: Sent, leaf: int, first: int) -> Iterator[Piec
 
 
 def _continued(head: stream.Head, fd: int, cancelled: Cancelled) -> tuple[stream.Chain | None, bool]:
-    """Where the stream in a file stands, and whether it is whole; a torn end is cut off. Another one is emptied."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    """Where the stream in a file stands, and whether it is whole; a torn end is cut off. Another one is emptied.
+
+    What cannot be read, as a shell's `> FILE`, is written to from where it is, as a pipe.
+    """
+    readable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    if not readable or not stat.S_ISREG(os.fstat(fd).st_mode):
         return None, False
     os.lseek(fd, 0, os.SEEK_SET)
     chain, whole = None, False

@@ -77,10 +77,11 @@ def partial(file: Path) -> Iterator[tuple[int, Path]]:
     path = part_of(file)
     fd = _made(path, os.O_NOFOLLOW, file)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{path} is being written by another export", hint="wait for it, or name another file") from None
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Busy(f"{path} is being written by another export", hint="wait for it, or name another file") from None
+    try:
         yield fd, path
     finally:
         if not os.fstat(fd).st_size:

@@ -294,6 +294,22 @@ def test_an_import_that_fails_half_way(silofs: Silofs, tmp_path: Path, monkeypat
     nothing_left(silofs)
 
 
+def test_what_a_failed_import_has_stored_is_gone_when_it_returns(
+    silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody serves the store, so nobody else would remove it, and the next import might not find room."""
+    source = image(tmp_path / "i", SIZE, *range(0, 4096, 8))
+
+    def fail(*_: object) -> None:
+        raise Interrupted("at the very end")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("silofs.verbs.adopt", fail)
+        assert silofs("import", source, "vm1").code == 130
+    with Store.open(silofs.store) as store, store.reader() as txn:
+        assert txn.layers() == []
+
+
 def test_an_import_that_is_stopped(silofs: Silofs, tmp_path: Path) -> None:
     with Store.open(silofs.store) as store, open(image(tmp_path / "i", SIZE, 1, 4000)) as file:
         with pytest.raises(Interrupted):

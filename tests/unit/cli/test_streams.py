@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from silofs.errors import Busy
 from silofs.layers.store import Store
 from silofs.stream import FRAME, SUM_BYTES, Decoder
 from tests.storerig import Rig
@@ -341,3 +342,28 @@ def test_what_is_said_of_an_export_that_was_stopped(tmp_path: Path) -> None:
     with partial(tmp_path / "full.st") as (fd, _):
         os.write(fd, b"begun")
     assert str(tmp_path / "full.st.part") in _again(tmp_path / "full.st")
+
+
+def test_two_exports_to_one_file(tmp_path: Path) -> None:
+    """The second is refused, and does not take away what the first has not begun to write."""
+    from silofs.cli.files import partial
+
+    with partial(tmp_path / "full.st") as (fd, path):
+        with pytest.raises(Busy), partial(tmp_path / "full.st"):
+            pass
+        os.write(fd, b"all")
+        assert path.read_bytes() == b"all"
+
+
+def test_a_stream_to_a_file_that_only_the_shell_knows(
+    either: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    either.ok("create", "vm1", "--size", "1M")
+    either.ok("snapshot", "vm1@s")
+    assert either("export", "vm1@s", tmp_path / "named", "--format", "stream").code == 0
+    with (tmp_path / "shell").open("w") as file:
+        file.write("before")
+        file.flush()
+        monkeypatch.setattr("sys.stdout", file)
+        assert either("export", "vm1@s", "-", "--format", "stream").code == 0
+    assert (tmp_path / "shell").read_bytes() == b"before" + (tmp_path / "named").read_bytes()
