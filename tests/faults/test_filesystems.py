@@ -141,9 +141,15 @@ def test_a_frozen_file_system_is_waited_for(tmp_path: Path) -> None:
                     os.fdatasync(file.fileno())
                     done[0] += 1
 
-        thread = threading.Thread(target=client)
-        thread.start()
-        stack.callback(thread.join)
+        def other() -> None:
+            # The first may have nothing to ask for while a thread of the daemon's has its fsync.
+            while not stop.is_set():
+                list(mount.path.iterdir())
+
+        threads = [threading.Thread(target=work) for work in (client, other)]
+        for thread in threads:
+            thread.start()
+            stack.callback(thread.join)
         stack.callback(stop.set)
         wait(lambda: done[0] > 20, "it writes")
         (store / "touched").touch()  # from now on the daemon's loop itself waits for the disk
@@ -155,7 +161,8 @@ def test_a_frozen_file_system_is_waited_for(tmp_path: Path) -> None:
         (store / "touched").unlink()
         wait(lambda: done[0] > before + 20, "it goes on")
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
         about = mount.ask("status")
         assert (about["deaths"], about["daemon_pid"]) == (0, daemon)
         with image.open("rb") as file:
