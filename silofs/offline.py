@@ -159,7 +159,8 @@ def run(store: Store, verb: str, args: Fields, *, fds: Sequence[int] = (), progr
         try:
             return _bring(store, verb, args, view, fds, report)
         finally:
-            drain(store, [Reap()])
+            with contextlib.suppress(SiloError):  # what it came to is what counts; the rest goes with the next change
+                drain(store, [Reap()])
     if verb == "export":
         return _export(store, args, _one(fds), report)
     if verb == "export_stream":

@@ -177,13 +177,9 @@ class Migrations:
         """Every migration in the store goes on."""
         found = records.stored(self.engine.reads.txn)
         for record in found:
-            try:
-                mover = self._restore(record)
-            except Exception:
-                # The volumes stay as their records say; all others must not wait for this one to be understood.
-                log.exception("migration %s cannot go on, and stays as it is", records.shown_id(record.id))
-                continue
-            log.info("migration %s goes on (%s, %s)", mover.name, record.side.value, record.phase.value)
+            mover = self._restore(record)
+            if mover is not None:
+                log.info("migration %s goes on (%s, %s)", mover.name, record.side.value, record.phase.value)
         for record in found:
             if record.returning and record.side is Side.SOURCE:
                 origin = self.movers.get(record.origin)
@@ -199,11 +195,16 @@ class Migrations:
             if mover.side is Side.SOURCE and record is not None and record.origin == origin:
                 mover.post(ev.OriginSettled())
 
-    def _restore(self, record: MigrationRecord) -> Mover:
+    def _restore(self, record: MigrationRecord) -> Mover | None:
+        """Go on from a record. None when that cannot be: it stays as it is, its volumes too, and all others go on."""
         reader = self.engine.reads.txn
         owners = tuple(records.ownership(reader, volume.uuid) for volume in record.volumes)
         restore = SourceMachine.restore if record.side is Side.SOURCE else TargetMachine.restore
-        machine, actions = restore(record, owners, trio.current_time())
+        try:
+            machine, actions = restore(record, owners, trio.current_time())
+        except (AssertionError, ProtocolError):
+            log.exception("migration %s cannot go on, and stays as it is", records.shown_id(record.id))
+            return None
         extras = self.history.extras(record.id)
         return self._add(machine, records.names_of(record), record.options, actions, extras)
 
@@ -252,8 +253,9 @@ class Migrations:
             mover.thaw()
             return
         revived = self._restore(record)
-        revived.inherit(mover)
-        log.info("migration %s goes on after an error of ours", revived.name)
+        if revived is not None:
+            revived.inherit(mover)
+            log.info("migration %s goes on after an error of ours", revived.name)
 
     # What movers need
 
@@ -388,8 +390,13 @@ class Migrations:
         return mover if mover is not None and mover.peer == link.peer else None
 
     def _stray(self, link: Link, message: MigrationMessage) -> Mover | None:
-        """A message without a machine: an OFFER or GRANT makes one, the others are answered by the records."""
+        """A message without a machine: an OFFER or GRANT makes one, the others are answered by the records.
+
+        Not where the migration has a record all the same: its machine is being made again, or cannot be.
+        """
         reader = self.engine.reads.txn
+        if message.migration not in self.movers and reader.value(records.TABLE, message.migration.hex()) is not None:
+            return None
         owners = {volume.uuid: records.ownership(reader, volume.uuid) for volume in message.volumes}
         if not isinstance(message, Offer | Grant) or message.migration in self.movers:
             answer = strays.reply(message, owners)

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Machine = SourceMachine | TargetMachine
 
-END_S = 5.0  # a migration that a change ends is over within this
+END_S = 10.0  # a migration that a change ends is over within this
 
 
 class Mover:

@@ -17,7 +17,7 @@ import pytest
 
 from silofs import images, packing, raw_out
 from silofs.cli.client import connect
-from silofs.errors import Interrupted
+from silofs.errors import Interrupted, StoreBroken
 from silofs.layers.pack import Packed
 from silofs.layers.store import Store
 from silofs.layers.transaction import WriteTxn
@@ -308,6 +308,21 @@ def test_what_a_failed_import_has_stored_is_gone_when_it_returns(
         assert silofs("import", source, "vm1").code == 130
     with Store.open(silofs.store) as store, store.reader() as txn:
         assert txn.layers() == []
+
+
+def test_what_ended_an_import_is_said_although_its_space_cannot_be_given_back(
+    silofs: Silofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise Interrupted("at the very end")
+
+    def broken(*_: object) -> None:
+        raise StoreBroken("the disk has had enough")
+
+    monkeypatch.setattr("silofs.verbs.adopt", fail)
+    monkeypatch.setattr("silofs.offline.drain", broken)
+    done = silofs("import", image(tmp_path / "i", SIZE, 5), "vm1")
+    assert (done.code, done.err.splitlines()[0]) == (130, "silofs: at the very end")
 
 
 def test_an_import_that_is_stopped(silofs: Silofs, tmp_path: Path) -> None:

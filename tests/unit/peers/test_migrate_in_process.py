@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from silofs import failpoints
 from silofs.errors import Busy, FetchTimeout, NoSuchThing, NotAuthorised, NotOwner, UserError
 from silofs.layers.policies import drain
 from silofs.migrate.events import CheckPrepare, PrepareChecked
-from silofs.migrate.messages import Refusal
+from silofs.migrate.messages import CancelAsk, Priority, Pull, Refusal
 from silofs.migrate.states import Phase
 from silofs.peers import records, target_ops
 from tests.unit.peers.node import two
@@ -452,6 +453,12 @@ async def test_a_migration_that_cannot_go_on_at_the_destination_keeps_nobody_fro
         migrations = await _removed_behind_its_back(b)
         assert not migrations.movers
         assert "cannot go on" in caplog.text
+        (record,) = records.stored(b.engine.reads.txn)
+        link = SimpleNamespace(id=b"s" * 16, peer=record.peer)
+        for message in (CancelAsk, Pull):
+            header = (record.id, link.id, record.volumes)
+            rest = () if message is CancelAsk else (1, b"g" * 16, (), Priority.SWEEP)
+            assert migrations._stray(link, message(*header, *rest)) is None  # link has no session to answer through
         await b.call("create", name="other", size=MIB)
         assert a.role("vm1") == "ceded"
 
